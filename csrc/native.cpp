@@ -1,0 +1,66 @@
+// Schemas of every native operator. csrc/cpu and csrc/cuda register the implementations.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <string>
+
+#if __has_include("cpu/isa.h")
+#include "cpu/isa.h"
+#else
+inline const char* resnet_fused_cpu_isa() { return "default"; }
+#endif
+
+namespace {
+
+#ifdef RESNET_FUSED_CUDA_ARCHS
+constexpr const char* kCudaArchs = RESNET_FUSED_CUDA_ARCHS;
+#else
+constexpr const char* kCudaArchs = "";
+#endif
+
+// "8.0;9.0a" -> ["8.0", "9.0a"] as JSON.
+std::string json_list(const std::string& separated) {
+  std::string json = "[";
+  for (size_t begin = 0; begin < separated.size();) {
+    const size_t end = std::min(separated.find(';', begin), separated.size());
+    json += (begin ? ", \"" : "\"") + separated.substr(begin, end - begin) + "\"";
+    begin = end + 1;
+  }
+  return json + "]";
+}
+
+std::string build_info() {
+  const std::string cuda = *kCudaArchs ? "true" : "false";
+  return "{\"cuda\": " + cuda + ", \"archs\": " + json_list(kCudaArchs) +
+         ", \"compiler\": \"" __VERSION__ "\", \"isa\": \"" + resnet_fused_cpu_isa() +
+         "\"}";
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(resnet_fused_native, m) {
+  m.def("add_relu(Tensor x, Tensor residual) -> Tensor");
+  m.def("add_relu_backward(Tensor grad_out, Tensor out) -> Tensor");
+  m.def(
+      "bn_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, bool training, float momentum, float eps, Tensor? residual, "
+      "bool residual_bn, Tensor? residual_weight, Tensor? residual_bias, "
+      "Tensor(c!)? residual_running_mean, Tensor(d!)? residual_running_var, "
+      "bool residual_training, float residual_momentum, float residual_eps, bool relu) "
+      "-> (Tensor out, Tensor mean, Tensor invstd, Tensor residual_mean, Tensor residual_invstd)");
+  m.def(
+      "bn_relu_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
+      "bool relu) -> Tensor");
+  m.def(
+      "bn_relu_backward(Tensor grad_out, Tensor x, Tensor? out, Tensor? weight, Tensor? bias, "
+      "Tensor mean, Tensor invstd, bool training, bool has_residual, Tensor? residual, "
+      "bool residual_bn, Tensor? residual_weight, Tensor? residual_mean, "
+      "Tensor? residual_invstd, bool residual_training, bool relu) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual, "
+      "Tensor grad_residual_weight, Tensor grad_residual_bias)");
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused_native, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&build_info));
+}
