@@ -3,8 +3,9 @@
 
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
+
+#include "common/checks.h"
 
 namespace resnet_fused {
 
@@ -23,9 +24,8 @@ void dispatch_floating(const char* op, const char* argument, ScalarType dtype, B
     case ScalarType::BFloat16:
       return body(torch::headeronly::BFloat16{});
     default:
-      STD_TORCH_CHECK(false, op, ": ", argument,
-                      " must be float32, float64, float16 or bfloat16, got ",
-                      torch::headeronly::toString(dtype));
+      fail(op, ": ", argument, " must be float32, float64, float16 or bfloat16, got ",
+           torch::headeronly::toString(dtype));
   }
 }
 
