@@ -10,14 +10,17 @@ Environment: RESNET_FUSED_BUILD=auto|cpu|cuda|none, TORCH_CUDA_ARCH_LIST, CUDA_H
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
 import threading
+from collections.abc import Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +60,10 @@ class BuildConfigError(Exception):
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What to build: nothing native when `cxx` is None, no CUDA code when `cuda_home` is None."""
+    """What to build: nothing native when `cxx` is empty, no CUDA code when `cuda_home` is None."""
 
-    cxx: list[str] | None = None
-    torch_dir: Path | None = None
+    cxx: tuple[str, ...] = ()
+    torch_dir: Path = Path()
     cuda_home: Path | None = None
     archs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -70,7 +73,9 @@ def resolve_config(environ: dict[str, str]) -> BuildConfig:
     """Decides what to build. Raises BuildConfigError when what was asked for is impossible."""
     mode = environ.get("RESNET_FUSED_BUILD", "auto") or "auto"
     if mode not in MODES:
-        raise BuildConfigError(f"RESNET_FUSED_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
+        raise BuildConfigError(
+            f"RESNET_FUSED_BUILD must be one of {', '.join(MODES)}, got {mode!r}"
+        )
     if mode == "none":
         return BuildConfig(notes=("RESNET_FUSED_BUILD=none: installing pure Python",))
     try:
@@ -93,18 +98,22 @@ def resolve_config(environ: dict[str, str]) -> BuildConfig:
     return BuildConfig(cxx, torch_dir, cuda_home, archs, notes)
 
 
-def find_cxx(environ: dict[str, str]) -> list[str]:
+def find_cxx(environ: dict[str, str]) -> tuple[str, ...]:
     """The C++ compiler's command: CXX, or the first of c++, g++, clang++ that exists."""
     if not sys.platform.startswith("linux"):
-        raise BuildConfigError(f"the native extension is built on Linux only, not on {sys.platform}")
+        raise BuildConfigError(
+            f"the native extension is built on Linux only, not on {sys.platform}"
+        )
     named = shlex.split(environ.get("CXX", ""))
     path = environ.get("PATH")
     candidates = [named] if named else [["c++"], ["g++"], ["clang++"]]
     command = next((c for c in candidates if shutil.which(c[0], path=path)), None)
     if command is None:
-        what = f"CXX={environ['CXX']}" if named else "a C++ compiler (g++ 10 or clang++ 11 or newer)"
+        what = (
+            f"CXX={environ['CXX']}" if named else "a C++ compiler (g++ 10 or clang++ 11 or newer)"
+        )
         raise BuildConfigError(f"{what} was not found")
-    command = [str(shutil.which(command[0], path=path)), *command[1:]]
+    command[0] = str(shutil.which(command[0], path=path))
     probe = subprocess.run(
         [*command, "-std=c++20", "-x", "c++", "-fsyntax-only", "-"],
         input="#include <concepts>\nint main() {}\n",
@@ -116,24 +125,20 @@ def find_cxx(environ: dict[str, str]) -> list[str]:
         raise BuildConfigError(
             f"{shlex.join(command)} does not compile C++20 (g++ 10 or clang++ 11 or newer does)"
         )
-    return command
+    return tuple(command)
 
 
 def find_torch() -> Path:
     """The directory of the torch to build against: importable, else of the running interpreter."""
-    roots = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
-    if uses_system_site_packages():
-        # A virtual environment made with --system-site-packages may see its parent's torch.
-        base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
-        roots += [Path(sysconfig.get_path("purelib", vars=base))]
     spec = importlib.util.find_spec("torch")
-    found = list(spec.submodule_search_locations or []) if spec else []
-    candidates = [Path(location) for location in found] + [root / "torch" for root in roots]
+    candidates = [Path(location) for location in (spec and spec.submodule_search_locations) or ()]
+    candidates += [folder / "torch" for folder in site_packages()]
     torch_dir = next((path for path in candidates if (path / "version.py").is_file()), None)
     if torch_dir is None:
         raise BuildConfigError(
-            f"torch was not found in {sys.prefix}: install torch >= 2.11 there first and repeat with "
-            "--no-build-isolation, or set RESNET_FUSED_BUILD=none to install pure Python"
+            f"torch was not found in {sys.prefix}: install torch 2.11 or newer first (if it is "
+            "installed, add --no-build-isolation), or set RESNET_FUSED_BUILD=none to install pure "
+            "Python"
         )
     version = torch_version(torch_dir)
     if version_key(version) < OLDEST_TORCH:
@@ -143,7 +148,20 @@ def find_torch() -> Path:
     return torch_dir
 
 
-def uses_system_site_packages() -> bool:
+def site_packages() -> list[Path]:
+    """Where the running interpreter's packages lie, whether or not build isolation hides them."""
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    if sys.prefix == sys.base_prefix:
+        folders.append(site.getusersitepackages())
+    elif has_system_site_packages():
+        base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+        # The last two are Debian's.
+        schemes = {"posix_prefix", "posix_local", "deb_system"} & set(sysconfig.get_scheme_names())
+        folders += [sysconfig.get_path("purelib", scheme, base) for scheme in sorted(schemes)]
+    return [Path(folder) for folder in folders]
+
+
+def has_system_site_packages() -> bool:
     config = Path(sys.prefix, "pyvenv.cfg")
     pattern = r"(?im)^include-system-site-packages\s*=\s*true"
     return config.is_file() and re.search(pattern, config.read_text()) is not None
@@ -160,7 +178,7 @@ def version_key(version: str) -> tuple[int, int]:
 
 
 def find_cuda_home(environ: dict[str, str]) -> Path:
-    """The CUDA toolkit: CUDA_HOME or CUDA_PATH if set, else nvcc's on PATH, else /usr/local/cuda."""
+    """The CUDA toolkit: CUDA_HOME or CUDA_PATH, else nvcc's on PATH, else /usr/local/cuda."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if environ.get(variable):
             home = Path(environ[variable])
@@ -174,7 +192,9 @@ def find_cuda_home(environ: dict[str, str]) -> Path:
     for home in candidates:
         if (home / "bin/nvcc").is_file() and (home / "include/cuda_runtime.h").is_file():
             return home
-    raise BuildConfigError("nvcc was not found (CUDA_HOME is unset, PATH and /usr/local/cuda lack it)")
+    raise BuildConfigError(
+        "nvcc was not found (CUDA_HOME is unset, PATH and /usr/local/cuda lack it)"
+    )
 
 
 def toolkit_of(nvcc: str) -> Path:
@@ -189,14 +209,15 @@ def toolkit_of(nvcc: str) -> Path:
 def nvcc_archs(cuda_home: Path) -> frozenset[str]:
     """The architectures this nvcc generates code for, as "80", "90" (it does not list "90a")."""
     listing = subprocess.run(
-        [str(cuda_home / "bin/nvcc"), "--list-gpu-code"], capture_output=True, text=True, check=False
+        [str(cuda_home / "bin/nvcc"), "--list-gpu-code"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return frozenset(re.findall(r"sm_(\d+)", listing.stdout))
 
 
-def choose_archs(
-    wanted: str, supported: frozenset[str]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def choose_archs(wanted: str, supported: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Parses TORCH_CUDA_ARCH_LIST ("" means the default) into (archs, notes).
 
     Such a list is often set for a whole image, so entries that are too old for this library are
@@ -236,7 +257,7 @@ def parse_arch_list(text: str) -> list[str]:
 
 
 def gencode_flags(archs: tuple[str, ...]) -> list[str]:
-    """ ("8.0", "9.0a+PTX") -> one -gencode option for each, PTX included where asked for."""
+    """("8.0", "9.0a+PTX") -> one -gencode option for each, PTX included where asked for."""
     flags = []
     for arch in archs:
         number = arch.removesuffix("+PTX").replace(".", "")
@@ -266,78 +287,101 @@ class NativeBuild(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        config = self.config
-        assert config.cxx is not None and config.torch_dir is not None  # has_native() holds
-        objects_dir = Path(self.build_temp)
-        jobs = []
-        for source in ext.sources:
-            target = objects_dir / Path(source).with_suffix(Path(source).suffix + ".o")
-            jobs.append((self.compile_command(source, target), source, target))
+        temp = Path(self.build_temp).absolute()
+        objects = {source: temp / f"{source}.o" for source in ext.sources}
+        jobs = [
+            Job(source, target, temp / f"{source}.command", self.compile_command(source, target))
+            for source, target in objects.items()
+        ]
+        library = Path(self.get_ext_fullpath(ext.name)).absolute()
+        command = self.link_command(objects.values(), library)
+        link = Job(library.name, library, temp / f"{library.name}.command", command)
         try:
-            workers = worker_count(dict(os.environ))
-            run_jobs([job for job in jobs if is_stale(job[0], job[2])], workers)
-            self.link(config, [str(job[2]) for job in jobs], Path(self.get_ext_fullpath(ext.name)))
+            run_jobs([job for job in jobs if job.is_stale()], worker_count(dict(os.environ)))
+            run_jobs([link] if link.is_stale() else [], workers=1)
         except BuildConfigError as error:
             raise SystemExit(f"resnet_fused: {error}.") from error
 
     def compile_command(self, source: str, target: Path) -> list[str]:
         config = self.config
-        include = config.torch_dir / "include"
-        cuda_archs = ";".join(config.archs)
-        flags = [*ABI_FLAGS, f"-I{include}", "-Icsrc", "-MMD", "-MF", f"{target}.d"]
+        headers = ["-isystem", str(config.torch_dir / "include"), "-Icsrc"]
+        output = ["-MMD", "-MF", f"{target}.d", "-c", source, "-o", str(target)]
         if source.endswith(".cu"):
-            nvcc = [str(config.cuda_home / "bin/nvcc"), *NVCC_FLAGS, *gencode_flags(config.archs)]
-            return [*nvcc, "-ccbin", config.cxx[0], *flags, "-c", source, "-o", str(target)]
-        if source.endswith("native.cpp") and cuda_archs:
-            flags.append(f'-DRESNET_FUSED_CUDA_ARCHS="{cuda_archs}"')
-        # torch's headers are not ours to warn about.
-        flags[flags.index(f"-I{include}")] = f"-isystem{include}"
-        return [*config.cxx, *CXX_FLAGS, *flags, "-c", source, "-o", str(target)]
+            nvcc = [f"{config.cuda_home}/bin/nvcc", "-ccbin", shlex.join(config.cxx), *NVCC_FLAGS]
+            return [*nvcc, *gencode_flags(config.archs), *ABI_FLAGS, *headers, *output]
+        defines = [f'-DRESNET_FUSED_CUDA_ARCHS="{";".join(config.archs)}"']
+        return [*config.cxx, *CXX_FLAGS, *ABI_FLAGS, *defines, *headers, *output]
 
-    def link(self, config: BuildConfig, objects: list[str], target: Path) -> None:
-        torch_lib = config.torch_dir / "lib"
+    def link_command(self, objects: Iterable[Path], target: Path) -> list[str]:
+        config = self.config
         # libtorch must stay in the list of needed libraries although no symbol comes from it:
         # under a CUDA torch it is what brings libtorch_cuda, where the CUDA shims are.
-        flags = ["-shared", f"-L{torch_lib}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        libraries = [
+            f"-L{config.torch_dir / 'lib'}",
+            "-Wl,--no-as-needed",
+            "-ltorch",
+            "-ltorch_cpu",
+        ]
         if config.cuda_home:
-            libraries = ["cudart_static", "rt", "dl", "pthread"]
-            folders = [config.cuda_home / "lib64", config.cuda_home / "lib"]
-            flags += [f"-L{folder}" for folder in folders if folder.is_dir()]
-            flags += [f"-l{library}" for library in libraries]
-            flags.append("-Wl,--exclude-libs,libcudart_static.a")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        print(f"[link] {target.name}", flush=True)
-        run([*config.cxx, *objects, "-o", str(target), "-Wl,-z,defs", *flags])
+            folders = [config.cuda_home / name for name in ("lib64", "lib")]
+            libraries += [f"-L{folder}" for folder in folders if folder.is_dir()]
+            libraries += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+            libraries.append("-Wl,--exclude-libs,libcudart_static.a")
+        inputs = [str(path) for path in objects]
+        return [*config.cxx, "-shared", *inputs, "-o", str(target), "-Wl,-z,defs", *libraries]
 
 
-def is_stale(command: list[str], target: Path) -> bool:
-    """Whether target is missing, older than a file it was made from, or made by another command."""
-    made_by, depends = Path(f"{target}.cmd"), Path(f"{target}.d")
-    if not (target.is_file() and made_by.is_file() and depends.is_file()):
-        return True
-    if made_by.read_text() != shlex.join(command):
-        return True
-    inputs = shlex.split(depends.read_text().replace("\\\n", " "))[1:]
-    built = target.stat().st_mtime
-    return any(not Path(f).is_file() or Path(f).stat().st_mtime > built for f in inputs)
+@dataclass(frozen=True)
+class Job:
+    """One compiler call: what to print, the file it makes, and where its command is noted."""
+
+    title: str
+    target: Path
+    record: Path
+    command: list[str]
+
+    def is_stale(self) -> bool:
+        """Whether the target is missing, older than its inputs or made by another command."""
+        if not (self.target.is_file() and self.record.is_file()):
+            return True
+        if self.record.read_text() != shlex.join(self.command):
+            return True
+        built = self.target.stat().st_mtime
+        return any(not f.is_file() or f.stat().st_mtime > built for f in self.inputs())
+
+    def inputs(self) -> list[Path]:
+        """Headers and sources as the compiler listed them; a link job names its own."""
+        listing = Path(f"{self.target}.d")
+        if not listing.is_file():
+            return [ROOT / word for word in self.command if word.endswith(".o")]
+        rule = listing.read_text().replace("\\\n", " ")
+        return [ROOT / word for word in shlex.split(rule.partition(":")[2])]
+
+    def run(self) -> None:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.record.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            subprocess.run(self.command, cwd=ROOT, check=True)
+        except subprocess.CalledProcessError as error:
+            raise BuildConfigError(
+                f"making {self.title} failed, for the reason above; the command was "
+                f"{shlex.join(self.command)}"
+            ) from error
+        self.record.write_text(shlex.join(self.command))
 
 
-def run_jobs(jobs: list[tuple[list[str], str, Path]], workers: int) -> None:
+def run_jobs(jobs: list[Job], workers: int) -> None:
     """Runs the compilers, announcing each as it starts; the first failure ends the build."""
+    numbers = itertools.count(1)
     lock = threading.Lock()
-    started = 0
 
-    def compile_one(command: list[str], source: str, target: Path) -> None:
-        nonlocal started
+    def announce_and_run(job: Job) -> None:
         with lock:
-            started += 1
-            print(f"[{started}/{len(jobs)}] {source}", flush=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        run(command)
-        Path(f"{target}.cmd").write_text(shlex.join(command))
+            print(f"[{next(numbers)}/{len(jobs)}] {job.title}", flush=True)
+        job.run()
 
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(compile_one, *job) for job in jobs]
+        futures = [pool.submit(announce_and_run, job) for job in jobs]
         done, pending = wait(futures, return_when=FIRST_EXCEPTION)
         for future in pending:
             future.cancel()
@@ -345,16 +389,10 @@ def run_jobs(jobs: list[tuple[list[str], str, Path]], workers: int) -> None:
             future.result()
 
 
-def run(command: list[str]) -> None:
-    try:
-        subprocess.run(command, cwd=ROOT, check=True)
-    except subprocess.CalledProcessError as error:
-        raise BuildConfigError(f"this command failed: {shlex.join(command)}") from error
-
-
 def sources(config: BuildConfig) -> list[str]:
-    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp"] + (["csrc/cuda/*.cu"] if config.cuda_home else [])
-    return sorted(str(f.relative_to(ROOT)) for pattern in patterns for f in ROOT.glob(pattern))
+    # nvcc's files take longest and so come first.
+    patterns = (["csrc/cuda/*.cu"] if config.cuda_home else []) + ["csrc/cpu/*.cpp", "csrc/*.cpp"]
+    return [str(f.relative_to(ROOT)) for pattern in patterns for f in sorted(ROOT.glob(pattern))]
 
 
 def main() -> None:
@@ -367,7 +405,7 @@ def main() -> None:
     config = NativeBuild.config
     for note in config.notes:
         print(f"resnet_fused: {note}", flush=True)
-    has_native = config.cxx is not None or NativeBuild.problem is not None
+    has_native = bool(config.cxx) or NativeBuild.problem is not None
     extension = Extension("resnet_fused._C", sources(config), py_limited_api=True)
     setup(
         ext_modules=[extension] if has_native else [],

@@ -12,11 +12,8 @@ inline const char* resnet_fused_cpu_isa() { return "default"; }
 
 namespace {
 
-#ifdef RESNET_FUSED_CUDA_ARCHS
+// Empty in a build without CUDA.
 constexpr const char* kCudaArchs = RESNET_FUSED_CUDA_ARCHS;
-#else
-constexpr const char* kCudaArchs = "";
-#endif
 
 // "8.0;9.0a" -> ["8.0", "9.0a"] as JSON.
 std::string json_list(const std::string& separated) {
