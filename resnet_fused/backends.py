@@ -1,0 +1,139 @@
+"""Which implementation of an operator runs: the user's wish, else a static rule.
+
+The choice is made on real tensors, below the dispatcher, so that tracing never sees it and switching
+a backend recompiles nothing.
+"""
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused import _extension, native, onednn, reference
+
+NAMES = ("reference", "cpu", "cuda", "triton", "cudnn")
+ENVIRONMENT_VARIABLE = "RESNET_FUSED_BACKEND"
+
+
+class _Implementation(NamedTuple):
+    function: Callable[..., Any]
+    unsupported: Callable[[str, torch.dtype], str | None]  # reason, or None where it can run
+
+
+def _supports_everything(device_type: str, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def _native(operator: str, *backends: str) -> dict[str, _Implementation]:
+    unsupported = {"cpu": native.unsupported_on_cpu, "cuda": native.unsupported_on_cuda}
+    launcher = native.launcher(operator)
+    return {name: _Implementation(launcher, unsupported[name]) for name in backends}
+
+
+def _onednn(operator: str) -> dict[str, _Implementation]:
+    return {"cpu": _Implementation(getattr(onednn, operator), onednn.unsupported)}
+
+
+def _reference(operator: str) -> dict[str, _Implementation]:
+    return {"reference": _Implementation(getattr(reference, operator), _supports_everything)}
+
+
+# Per operator its implementations, in the order in which the static rule tries them.
+_IMPLEMENTATIONS: dict[str, dict[str, _Implementation]] = {
+    "add_relu": _native("add_relu", "cpu", "cuda") | _reference("add_relu"),
+    "add_relu_backward": _native("add_relu_backward", "cpu", "cuda")
+    | _reference("add_relu_backward"),
+    "bn_relu": _native("bn_relu", "cpu") | _reference("bn_relu"),
+    "bn_relu_apply": _native("bn_relu_apply", "cpu") | _reference("bn_relu_apply"),
+    "bn_relu_backward": _native("bn_relu_backward", "cpu") | _reference("bn_relu_backward"),
+    "conv_bn_relu": _onednn("conv_bn_relu") | _reference("conv_bn_relu"),
+    "conv_bn_relu_": _onednn("conv_bn_relu_") | _reference("conv_bn_relu_"),
+    "conv_bn_relu_backward": _onednn("conv_bn_relu_backward")
+    | _reference("conv_bn_relu_backward"),
+}
+OPERATORS = tuple(_IMPLEMENTATIONS)
+
+_wish: str | None = None
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every operator inside the `with` block on one backend, forward and backward.
+
+    name: one of "reference", "cpu", "cuda", "triton", "cudnn". Raises ValueError on another name;
+    an operator which that backend cannot run for the tensors at hand raises RuntimeError when
+    it is called. Takes precedence over the environment variable RESNET_FUSED_BACKEND. Holds for the
+    whole process, like the flags of `torch.backends`: autograd may run the backward in other threads.
+    """
+    global _wish
+    previous, _wish = _wish, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _wish = previous
+
+
+def choose(operator: str, x: Tensor) -> Callable[..., Any]:
+    """The implementation of `operator` for tensors with the device and dtype of `x`.
+
+    Raises RuntimeError where the backend asked for by `backend` or RESNET_FUSED_BACKEND cannot run
+    it, with the reason, and ValueError where RESNET_FUSED_BACKEND is not the name of a backend.
+    """
+    return _choose(operator, x.device.type, x.dtype, _wish or _environment())
+
+
+def available(operator: str, device_type: str, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Backends that can run `operator`, the static rule's choice first."""
+    return [
+        name
+        for name, implementation in _IMPLEMENTATIONS[operator].items()
+        if implementation.unsupported(device_type, dtype) is None
+    ]
+
+
+@functools.cache
+def _choose(
+    operator: str, device_type: str, dtype: torch.dtype, wish: str | None
+) -> Callable[..., Any]:
+    implementations = _IMPLEMENTATIONS[operator]
+    if wish is not None:
+        if wish not in implementations:
+            reason = f"it has no implementation of {operator}"
+        else:
+            reason = implementations[wish].unsupported(device_type, dtype) or ""
+        if reason:
+            raise RuntimeError(
+                f"{operator}: backend {wish!r} was asked for, but {reason}"
+                f" (available here: {', '.join(available(operator, device_type, dtype))})"
+            )
+        return implementations[wish].function
+    name = available(operator, device_type, dtype)[0]
+    if name == "reference" and device_type == "cpu" and not _extension.load():
+        _warn_slow()
+    return implementations[name].function
+
+
+@functools.cache
+def _warn_slow() -> None:
+    warnings.warn(
+        f"resnet_fused: the compiled extension is not available ({_extension.error()}); results are"
+        " the same but slower. `python -m resnet_fused doctor` says how to repair this.",
+        stacklevel=2,
+    )
+
+
+@functools.cache
+def _environment() -> str | None:
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    return _checked(name, ENVIRONMENT_VARIABLE) if name else None
+
+
+def _checked(name: str, argument: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{argument}: must be one of {', '.join(NAMES)}, got {name!r}")
+    return name

@@ -1,0 +1,18 @@
+"""Memory format of activations: one rule, shared by fake kernels and every backend."""
+
+import torch
+from torch import Tensor
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Memory format of an operator's output (and of its gradient) for the activation `x`.
+
+    x: (N, C, H, W). NCHW stays NCHW, channels_last stays channels_last; anything that is not dense
+    (slices, expanded tensors, other permutations) gives channels_last, the library's native format.
+    """
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
+def to_format(tensor: Tensor | None, memory_format: torch.memory_format) -> Tensor | None:
+    """`tensor` in `memory_format`, itself where it already is; None stays None."""
+    return None if tensor is None else tensor.contiguous(memory_format=memory_format)

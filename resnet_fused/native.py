@@ -1,0 +1,42 @@
+"""Launchers of the compiled extension: one per operator, resolved at the first call."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from resnet_fused import _extension
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def launcher(operator: str) -> Callable[..., Any]:
+    """The extension's implementation of `operator`, for CPU and CUDA tensors."""
+
+    def call(*args: Any) -> Any:
+        overload = getattr(torch.ops.resnet_fused_native, operator).default
+        return overload(*args)
+
+    return call
+
+
+def unsupported_on_cpu(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the C++ CPU kernels cannot run for such tensors; None if they can."""
+    if device_type != "cpu":
+        return f"it runs on cpu tensors, got {device_type}"
+    return _unsupported(dtype)
+
+
+def unsupported_on_cuda(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the CUDA C++ kernels cannot run for such tensors; None if they can."""
+    if device_type != "cuda":
+        return f"it runs on cuda tensors, got {device_type}"
+    if _extension.load() and not _extension.built_with_cuda():
+        return "the extension was built without CUDA"
+    return _unsupported(dtype)
+
+
+def _unsupported(dtype: torch.dtype) -> str | None:
+    if not _extension.load():
+        return f"the compiled extension is not available ({_extension.error()})"
+    return None if dtype in _DTYPES else f"it does not take {dtype}"

@@ -1,0 +1,7 @@
+"""The fused operators, as functions on tensors."""
+
+from resnet_fused.ops.add_relu import add_relu
+from resnet_fused.ops.bn_relu import BatchNormArgs, bn_relu
+from resnet_fused.ops.conv_bn_relu import conv_bn_relu
+
+__all__ = ["BatchNormArgs", "add_relu", "bn_relu", "conv_bn_relu"]

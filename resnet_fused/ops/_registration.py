@@ -1,0 +1,75 @@
+"""How an operator enters PyTorch: schema, kernel, fake kernel, autograd and autocast."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("resnet_fused", "DEF")
+Operator = torch._ops.OpOverload
+
+
+def define(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    differentiable: Callable[..., Any],
+) -> Operator:
+    """Define `resnet_fused::<schema>` and return its overload.
+
+    kernel runs on real tensors, fake gives outputs without data, differentiable(*args) is called
+    instead of the kernel where a gradient is needed. The schema has no defaults: a call
+    names every argument, because the dispatcher drops trailing arguments equal to a default.
+    """
+    name = schema.partition("(")[0]
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+    LIBRARY.define(schema, tags=tags)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, kernel, key)
+    torch.library.register_fake(f"resnet_fused::{name}", fake, lib=LIBRARY)
+    overload: Operator = getattr(torch.ops.resnet_fused, name).default
+
+    def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled() and _needs_gradient(args):
+            return differentiable(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    return overload
+
+
+def autocast(overload: Operator, cast: Callable[..., tuple[Any, ...]]) -> None:
+    """Under autocast, call `overload` with `cast(dtype, *args)` in place of its arguments."""
+    for device_type in ("cpu", "cuda"):
+        key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
+
+        def kernel(*args: Any, device_type: str = device_type, key: Any = key) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return overload(*cast(torch.get_autocast_dtype(device_type), *args))
+
+        LIBRARY.impl(overload._schema.name.partition("::")[2], kernel, key.name)
+
+
+def call(overload: Operator, *args: Any) -> Any:
+    """`overload(*args)`, without the step through autograd where no gradient can be needed."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return overload(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload(*args)
+
+
+def refuse_gradient(operator: str, remedy: str) -> Callable[..., Any]:
+    """For `define`: the operator has no gradient, and says so."""
+
+    def refuse(*args: Any) -> Any:
+        raise RuntimeError(
+            f"{operator}: an argument requires a gradient, but this operator has none ({remedy})"
+        )
+
+    return refuse
+
+
+def _needs_gradient(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(a, Tensor) and a.requires_grad for a in args)

@@ -1,0 +1,335 @@
+"""bn_relu: batch normalisation, an optional residual (with its own batch normalisation), ReLU.
+
+Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+Covariate Shift", 2015; the residual form is that of He et al., "Deep Residual Learning", 2015.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused import backends, reference
+from resnet_fused.layout import memory_format, to_format
+from resnet_fused.ops import _checks
+from resnet_fused.ops._registration import call, define, refuse_gradient
+
+
+class BatchNormArgs(NamedTuple):
+    """One batch normalisation, in the order of `torch.nn.functional.batch_norm`'s meaning.
+
+    weight, bias, running_mean, running_var: (C,) or None. training: normalise by the statistics of
+    the batch and update the running ones. momentum: weight of the batch in that update.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+_NO_BATCH_NORM = BatchNormArgs(None, None, None, None)
+
+
+def bn_relu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    residual_bn: BatchNormArgs | None = None,
+    relu: bool = True,
+) -> Tensor:
+    """relu(batch_norm(x) + residual): one pass for the statistics, one to apply.
+
+    x, residual, out: (N, C, H, W); weight, bias, running_mean, running_var: (C,) or None, float32 or
+    of the dtype of x. Equivalent to
+    relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps) + residual);
+    with `residual_bn` the residual is normalised by those arguments before the sum. In training the
+    running statistics are updated in place. The output keeps the memory format of x; unequal
+    dtypes of x and residual are promoted as in a sum. Differentiable twice.
+
+    Raises ValueError on mismatched shapes or devices, on missing running statistics in evaluation, and
+    in training on one value per channel; TypeError on tensors that are not floating point.
+    """
+    if residual is None:
+        _checks.check_tensors("bn_relu", x=x)
+        if residual_bn is not None:
+            raise ValueError("bn_relu: residual_bn must come with a residual, got residual=None")
+    else:
+        x, residual = _checks.promote("bn_relu", x, residual)
+    return call(  # type: ignore[no-any-return]
+        _bn_relu,
+        *(x, weight, bias, running_mean, running_var, training, momentum, eps),
+        *(residual, residual_bn is not None, *(residual_bn or _NO_BATCH_NORM), relu),
+    )[0]
+
+
+def bn_relu_apply(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    relu: bool = True,
+) -> Tensor:
+    """The output of `bn_relu` once more, from statistics that are known already.
+
+    x, out: (N, C, H, W); mean, invstd: (C,). Equivalent to relu((x - mean) * invstd * weight + bias).
+    A partner of backward passes that recompute instead of saving: it has no gradient of its own, and
+    raises RuntimeError where one is needed.
+    """
+    return call(_bn_relu_apply, x, weight, bias, mean, invstd, relu)  # type: ignore[no-any-return]
+
+
+def _check(name: str, x: Tensor, bn: BatchNormArgs) -> None:
+    _checks.check_activation("bn_relu", name, x)
+    prefix = "" if name == "x" else "residual_bn."
+    vectors = bn.weight, bn.bias, bn.running_mean, bn.running_var
+    for field, vector in zip(BatchNormArgs._fields, vectors, strict=False):
+        _checks.check_per_channel("bn_relu", prefix + field, vector, x)
+    if not bn.training and (bn.running_mean is None or bn.running_var is None):
+        raise ValueError(
+            f"bn_relu: {prefix}running_mean and {prefix}running_var must be given in evaluation,"
+            " got None (pass training=True to use the statistics of the batch)"
+        )
+    if bn.training and x.size(0) * x.size(2) * x.size(3) <= 1:
+        raise ValueError(
+            "bn_relu: expected more than 1 value per channel when training,"
+            f" got {name} of shape {tuple(x.shape)}"
+        )
+
+
+def _unpack(args: tuple[Any, ...]) -> tuple[Tensor, BatchNormArgs, Tensor | None, BatchNormArgs]:
+    """x, its normalisation, the residual and the residual's normalisation, checked."""
+    x, bn = args[0], BatchNormArgs(*args[1:8])
+    residual, has_residual_bn, residual_bn = args[8], args[9], BatchNormArgs(*args[10:17])
+    _check("x", x, bn)
+    if residual is not None:
+        _checks.check_like("bn_relu", "residual", residual, "x", x)
+        if has_residual_bn:
+            _check("residual", residual, residual_bn)
+    return x, bn, residual, residual_bn
+
+
+def _kernel(*args: Any) -> tuple[Tensor, ...]:
+    x, bn, residual, residual_bn = _unpack(args)
+    format_ = memory_format(x)
+    outputs: tuple[Tensor, ...] = backends.choose("bn_relu", x)(
+        x.contiguous(memory_format=format_), *args[1:8], to_format(residual, format_), *args[9:]
+    )
+    for updated in (bn, residual_bn):
+        if updated.training:
+            _count_as_edited(updated.running_mean, updated.running_var)
+    return outputs
+
+
+def _count_as_edited(*buffers: Tensor | None) -> None:
+    """Kernels write through pointers: without this, what was folded from the buffers stays."""
+    for buffer in buffers:
+        if buffer is not None and not buffer.is_inference():
+            torch.autograd.graph.increment_version(buffer)
+
+
+def _fake(*args: Any) -> tuple[Tensor, ...]:
+    x, _, residual, _ = _unpack(args)
+    out = torch.empty_like(x, memory_format=memory_format(x))
+    statistics = x.new_empty(x.size(1), dtype=reference.statistics_dtype(x))
+    normalised = residual is not None and args[9]
+    others = [
+        torch.empty_like(statistics) if normalised else statistics.new_empty(0) for _ in range(2)
+    ]
+    return out, statistics, torch.empty_like(statistics), *others
+
+
+class _BnReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = _bn_relu(*args)
+        x, bn, residual = args[0], BatchNormArgs(*args[1:8]), args[8]
+        ctx.has_residual_bn, residual_bn, ctx.relu = args[9], BatchNormArgs(*args[10:17]), args[17]
+        ctx.training, ctx.residual_training = bn.training, residual_bn.training
+        ctx.has_residual = residual is not None
+        # Without a residual the sign of the output follows from x: the output need not be kept.
+        out = outputs[0] if ctx.relu and ctx.has_residual else None
+        residual = residual if ctx.has_residual_bn else None
+        ctx.save_for_backward(
+            x, out, bn.weight, bn.bias, residual, residual_bn.weight, *outputs[1:]
+        )
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 18
+        x, out, weight, bias, residual, residual_weight, *statistics = ctx.saved_tensors
+        grads = bn_relu_backward(
+            *(grad_out, x, out, weight, bias, *statistics[:2], ctx.training),
+            *(ctx.has_residual, residual, ctx.has_residual_bn, residual_weight),
+            *(*statistics[2:], ctx.residual_training, ctx.relu),
+        )
+        needed = ctx.needs_input_grad
+        positions = (0, 1, 2, 8, 10, 11)  # x, weight, bias, residual, residual_weight, residual_bias
+        result: list[Tensor | None] = [None] * 18
+        for position, grad in zip(positions, grads, strict=True):
+            result[position] = grad if needed[position] else None
+        return tuple(result)
+
+
+def bn_relu_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    has_residual: bool = False,
+    residual: Tensor | None = None,
+    residual_bn: bool = False,
+    residual_weight: Tensor | None = None,
+    residual_mean: Tensor | None = None,
+    residual_invstd: Tensor | None = None,
+    residual_training: bool = False,
+    relu: bool = True,
+) -> tuple[Tensor, ...]:
+    """Gradients of `bn_relu`: one pass that reduces, one that applies.
+
+    grad_out, x, out, residual: (N, C, H, W); weight, bias, mean, invstd, ...: (C,). `out` is needed
+    with relu and a residual; without a residual None means that the sign is recomputed from x.
+    `residual` is needed with residual_bn only. Returns (grad_x, grad_weight, grad_bias,
+    grad_residual, grad_residual_weight, grad_residual_bias); what does not exist is empty.
+    """
+    return call(  # type: ignore[no-any-return]
+        _bn_relu_backward,
+        *(grad_out, x, out, weight, bias, mean, invstd, training, has_residual, residual),
+        *(residual_bn, residual_weight, residual_mean, residual_invstd, residual_training, relu),
+    )
+
+
+def _check_backward(grad_out: Tensor, x: Tensor, *rest: Any) -> None:
+    out, weight, bias, mean, invstd = rest[:5]
+    has_residual, residual, residual_bn = rest[6:9]
+    _checks.check_activation("bn_relu_backward", "x", x)
+    _checks.check_like("bn_relu_backward", "grad_out", grad_out, "x", x)
+    for name, tensor in (("out", out), ("residual", residual)):
+        if tensor is not None:
+            _checks.check_like("bn_relu_backward", name, tensor, "x", x)
+    named = {"weight": weight, "bias": bias, "mean": mean, "invstd": invstd}
+    for name, vector in named.items():
+        _checks.check_per_channel("bn_relu_backward", name, vector, x)
+    if has_residual and rest[-1] and out is None:
+        raise ValueError("bn_relu_backward: out must be given with relu and a residual, got None")
+    if residual_bn and residual is None:
+        raise ValueError("bn_relu_backward: residual must be given with residual_bn, got None")
+
+
+def _backward_kernel(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _check_backward(grad_out, x, *rest)
+    format_ = memory_format(x)
+    out, residual = to_format(rest[0], format_), to_format(rest[7], format_)
+    grads: tuple[Tensor, ...] = backends.choose("bn_relu_backward", x)(
+        grad_out.contiguous(memory_format=format_),
+        x.contiguous(memory_format=format_),
+        *(out, *rest[1:7], residual, *rest[8:]),
+    )
+    return grads
+
+
+def _backward_fake(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _check_backward(grad_out, x, *rest)
+    weight, mean, has_residual, residual_bn, residual_weight = (rest[i] for i in (1, 3, 6, 8, 9))
+    grad_x = torch.empty_like(x, memory_format=memory_format(x))
+    grad_residual = torch.empty_like(grad_x) if has_residual else x.new_empty(0)
+    like, like_residual = weight, residual_weight
+    like = mean if weight is None else weight
+    like_residual = mean if residual_weight is None else residual_weight
+    shape = like.shape if residual_bn else (0,)
+    return (
+        grad_x,
+        torch.empty_like(like),
+        torch.empty_like(like),
+        grad_residual,
+        like_residual.new_empty(shape),
+        like_residual.new_empty(shape),
+    )
+
+
+def _backward_differentiable(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """The formulas with batch statistics as functions of x, for derivatives of the gradient."""
+    arguments = list(rest)
+    training, residual, residual_training = rest[5], rest[7], rest[12]
+    if training:
+        arguments[3:5] = _differentiable_statistics(x, rest[4])
+    if residual is not None and residual_training:
+        arguments[10:12] = _differentiable_statistics(residual, rest[11])
+    return reference.bn_relu_backward(grad_out, x, *arguments)
+
+
+def _differentiable_statistics(x: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    mean, var = reference.batch_moments(x)
+    eps = invstd.pow(-2) - var.detach()  # what the forward added to the variance
+    return mean, (var + eps).rsqrt()
+
+
+def _apply_kernel(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, relu: bool
+) -> Tensor:
+    _check_apply(x, weight, bias, mean, invstd)
+    x = x.contiguous(memory_format=memory_format(x))
+    out: Tensor = backends.choose("bn_relu_apply", x)(x, weight, bias, mean, invstd, relu)
+    return out
+
+
+def _apply_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, relu: bool
+) -> Tensor:
+    _check_apply(x, weight, bias, mean, invstd)
+    return torch.empty_like(x, memory_format=memory_format(x))
+
+
+def _check_apply(x: Tensor, *vectors: Tensor | None) -> None:
+    _checks.check_activation("bn_relu_apply", "x", x)
+    for name, vector in zip(("weight", "bias", "mean", "invstd"), vectors, strict=True):
+        _checks.check_per_channel("bn_relu_apply", name, vector, x)
+
+
+_bn_relu = define(
+    "bn_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
+    " Tensor(b!)? running_var, bool training, float momentum, float eps,"
+    " Tensor? residual, bool residual_bn, Tensor? residual_weight, Tensor? residual_bias,"
+    " Tensor(c!)? residual_running_mean, Tensor(d!)? residual_running_var,"
+    " bool residual_training, float residual_momentum, float residual_eps, bool relu)"
+    " -> (Tensor out, Tensor mean, Tensor invstd, Tensor residual_mean, Tensor residual_invstd)",
+    _kernel,
+    _fake,
+    _BnReLU.apply,
+)
+_bn_relu_apply = define(
+    "bn_relu_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, bool relu)"
+    " -> Tensor",
+    _apply_kernel,
+    _apply_fake,
+    refuse_gradient("bn_relu_apply", "use bn_relu, or detach the arguments"),
+)
+_bn_relu_backward = define(
+    "bn_relu_backward(Tensor grad_out, Tensor x, Tensor? out, Tensor? weight, Tensor? bias,"
+    " Tensor mean, Tensor invstd, bool training, bool has_residual, Tensor? residual,"
+    " bool residual_bn, Tensor? residual_weight, Tensor? residual_mean, Tensor? residual_invstd,"
+    " bool residual_training, bool relu)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias,"
+    " Tensor grad_residual, Tensor grad_residual_weight, Tensor grad_residual_bias)",
+    _backward_kernel,
+    _backward_fake,
+    _backward_differentiable,
+)

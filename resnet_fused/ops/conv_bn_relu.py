@@ -1,0 +1,303 @@
+"""conv_bn_relu: convolution, folded batch normalisation, residual and ReLU in one operator."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused import backends, reference
+from resnet_fused.layout import memory_format, to_format
+from resnet_fused.ops import _checks
+from resnet_fused.ops._registration import autocast, call, define, refuse_gradient
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """relu(conv2d(x, weight) * scale + shift + residual), for inference and for frozen BN.
+
+    x: (N, C, H, W); weight: (K, C / groups, R, S); scale, shift: (K,); residual, out: (N, K, P, Q).
+    `resnet_fused.folding.scale_shift` makes scale and shift from a batch normalisation. Equivalent to
+    relu(F.conv2d(x, weight, None, stride, padding, dilation, groups) * scale + shift + residual) with
+    the arithmetic after the products in float32. weight may be wider than x (float32 beside
+    bfloat16); under autocast x and residual are cast as conv2d casts them. The output keeps the memory
+    format of x. Differentiable twice.
+
+    Raises ValueError on mismatched shapes, channels or devices, on groups that do not divide the
+    channels and on stride, padding or dilation out of range; TypeError on tensors that are not
+    floating point.
+    """
+    _checks.check_tensors("conv_bn_relu", x=x, weight=weight, scale=scale, shift=shift)
+    geometry = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
+    return call(  # type: ignore[no-any-return]
+        _conv_bn_relu, x, weight, scale, shift, residual, relu, *geometry, groups
+    )
+
+
+def conv_bn_relu_(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor,
+    relu: bool = True,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`conv_bn_relu` into the memory of `residual`, which is returned: one tensor less to write.
+
+    For inference: raises RuntimeError where a gradient is needed. Arguments as in `conv_bn_relu`.
+    """
+    geometry = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
+    call(_conv_bn_relu_, x, weight, scale, shift, residual, relu, *geometry, groups)
+    return residual
+
+
+def _pair(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2:
+        raise ValueError(f"conv_bn_relu: {name} must be one int or two, got {value}")
+    return pair
+
+
+def _output_shape(x: Tensor, weight: Tensor, *geometry: Any) -> tuple[int, ...]:
+    stride, padding, dilation, groups = geometry
+    _checks.check_activation("conv_bn_relu", "x", x)
+    if weight.dim() != 4 or not weight.is_floating_point():
+        raise ValueError(
+            "conv_bn_relu: weight must be a floating-point (K, C / groups, R, S) tensor,"
+            f" got {weight.dtype} of shape {tuple(weight.shape)}"
+        )
+    _checks.check_device("conv_bn_relu", "weight", weight, "x", x)
+    for name, values, least in (("stride", stride, 1), ("dilation", dilation, 1)):
+        if min(values) < least:
+            raise ValueError(f"conv_bn_relu: {name} must be at least {least}, got {tuple(values)}")
+    if min(padding) < 0:
+        raise ValueError(f"conv_bn_relu: padding must not be negative, got {tuple(padding)}")
+    channels, kernels = x.size(1), weight.size(0)
+    if groups < 1 or channels % groups or kernels % groups:
+        raise ValueError(
+            f"conv_bn_relu: groups must divide the channels of x ({channels}) and of weight"
+            f" ({kernels}), got {groups}"
+        )
+    if weight.size(1) * groups != channels:
+        raise ValueError(
+            f"conv_bn_relu: weight must have C / groups = {channels // groups} input channels,"
+            f" got {weight.size(1)}"
+        )
+    extent = [
+        (x.size(2 + i) + 2 * padding[i] - dilation[i] * (weight.size(2 + i) - 1) - 1) // stride[i]
+        + 1
+        for i in range(2)
+    ]
+    if min(extent) < 1:
+        raise ValueError(
+            f"conv_bn_relu: x must be at least as large as the kernel, got {tuple(x.shape)} for"
+            f" weight {tuple(weight.shape)} with padding {tuple(padding)}"
+        )
+    return (x.size(0), kernels, *extent)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    geometry: tuple[Any, ...],
+) -> tuple[int, ...]:
+    shape = _output_shape(x, weight, *geometry)
+    for name, vector in (("scale", scale), ("shift", shift)):
+        if vector is None:
+            continue
+        _checks.check_shape(
+            "conv_bn_relu", name, vector, "one value per output channel", (shape[1],)
+        )
+        _checks.check_device("conv_bn_relu", name, vector, "x", x)
+    if residual is not None:
+        _checks.check_shape("conv_bn_relu", "residual", residual, "the shape of the output", shape)
+        _checks.check_device("conv_bn_relu", "residual", residual, "x", x)
+        if residual.dtype != x.dtype:
+            raise TypeError(
+                "conv_bn_relu: residual must have the dtype of x"
+                f" {x.dtype}, got {residual.dtype} (convert one with .to())"
+            )
+    return shape
+
+
+def _kernel(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    *geometry: Any,
+) -> Tensor:
+    _check(x, weight, scale, shift, residual, geometry)
+    format_ = memory_format(x)
+    out: Tensor = backends.choose("conv_bn_relu", x)(
+        x.contiguous(memory_format=format_),
+        *(weight, scale, shift, to_format(residual, format_), relu, *geometry),
+    )
+    return out
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    *geometry: Any,
+) -> Tensor:
+    shape = _check(x, weight, scale, shift, residual, geometry)
+    return x.new_empty(shape).contiguous(memory_format=memory_format(x))
+
+
+def _inplace_kernel(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor,
+    relu: bool,
+    *geometry: Any,
+) -> None:
+    _check(x, weight, scale, shift, residual, geometry)
+    x = x.contiguous(memory_format=memory_format(x))
+    backends.choose("conv_bn_relu_", x)(x, weight, scale, shift, residual, relu, *geometry)
+
+
+def _inplace_fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor,
+    relu: bool,
+    *geometry: Any,
+) -> None:
+    _check(x, weight, scale, shift, residual, geometry)
+
+
+class _ConvBnReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        *geometry: Any,
+    ) -> Tensor:
+        out: Tensor = _conv_bn_relu(x, weight, scale, shift, residual, relu, *geometry)
+        ctx.save_for_backward(x, weight, scale, out if relu else None)
+        ctx.has_residual, ctx.geometry = residual is not None, geometry
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale, out = ctx.saved_tensors
+        grads = _conv_bn_relu_backward(
+            grad_out, x, weight, scale, out, ctx.has_residual, *ctx.geometry
+        )
+        needed = ctx.needs_input_grad
+        return (*(g if n else None for g, n in zip(grads, needed, strict=False)), *(None,) * 5)
+
+
+def _backward_kernel(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    out: Tensor | None,
+    has_residual: bool,
+    *geometry: Any,
+) -> tuple[Tensor, ...]:
+    _check(x, weight, scale, None, grad_out, geometry)
+    format_ = memory_format(x)
+    grads: tuple[Tensor, ...] = backends.choose("conv_bn_relu_backward", x)(
+        grad_out.contiguous(memory_format=format_),
+        x.contiguous(memory_format=format_),
+        *(weight, scale, to_format(out, format_), has_residual, *geometry),
+    )
+    return grads
+
+
+def _backward_fake(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    out: Tensor | None,
+    has_residual: bool,
+    *geometry: Any,
+) -> tuple[Tensor, ...]:
+    _check(x, weight, scale, None, grad_out, geometry)
+    format_ = memory_format(x)
+    grad_residual = torch.empty_like(grad_out, memory_format=format_)
+    return (
+        torch.empty_like(x, memory_format=format_),
+        torch.empty_like(weight, memory_format=torch.contiguous_format),
+        torch.empty_like(scale),
+        torch.empty_like(scale),
+        grad_residual if has_residual else x.new_empty(0),
+    )
+
+
+def _cast(
+    dtype: torch.dtype,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    *rest: Any,
+) -> tuple[Any, ...]:
+    if x.dtype == torch.float64 or not x.is_floating_point():
+        return (x, weight, scale, shift, residual, *rest)
+    return (x.to(dtype), weight, scale, shift, None if residual is None else residual.to(dtype), *rest)
+
+
+_SIGNATURE = (
+    "(Tensor x, Tensor weight, Tensor scale, Tensor shift, {residual}, bool relu,"
+    " SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups)"
+)
+_conv_bn_relu = define(
+    f"conv_bn_relu{_SIGNATURE.format(residual='Tensor? residual')} -> Tensor",
+    _kernel,
+    _fake,
+    _ConvBnReLU.apply,
+)
+_conv_bn_relu_ = define(
+    f"conv_bn_relu_{_SIGNATURE.format(residual='Tensor(a!) residual')} -> ()",
+    _inplace_kernel,
+    _inplace_fake,
+    refuse_gradient("conv_bn_relu_", "use conv_bn_relu, or torch.no_grad()"),
+)
+_conv_bn_relu_backward = define(
+    "conv_bn_relu_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor scale, Tensor? out,"
+    " bool has_residual, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale, Tensor grad_shift,"
+    " Tensor grad_residual)",
+    _backward_kernel,
+    _backward_fake,
+    reference.conv_bn_relu_backward,
+)
+autocast(_conv_bn_relu, _cast)

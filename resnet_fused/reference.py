@@ -1,0 +1,260 @@
+"""Every operator in plain PyTorch: the oracle, the fallback and the baseline.
+
+Runs on any device and in float64. Signatures are those of the operators in `resnet_fused.ops`,
+where shapes are described. Arithmetic is in float32 (float64 for float64 activations) with one
+rounding at the end; every function is differentiable by autograd.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from resnet_fused.layout import memory_format
+
+_CHANNEL_DIMS = (0, 2, 3)
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """dtype of means, inverse standard deviations and arithmetic for activations like `x`."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def add_relu(x: Tensor, residual: Tensor) -> Tensor:
+    return torch.relu(x + residual)
+
+
+def add_relu_backward(grad_out: Tensor, out: Tensor) -> Tensor:
+    return grad_out.masked_fill(out <= 0, 0)
+
+
+def bn_relu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    residual_bn: bool,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_running_mean: Tensor | None,
+    residual_running_var: Tensor | None,
+    residual_training: bool,
+    residual_momentum: float,
+    residual_eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    mean, invstd = _statistics(x, running_mean, running_var, training, momentum, eps)
+    total = _affine(x, weight, bias, mean, invstd)
+    residual_mean = residual_invstd = mean.new_empty(0)
+    if residual is not None and residual_bn:
+        residual_mean, residual_invstd = _statistics(
+            residual,
+            residual_running_mean,
+            residual_running_var,
+            residual_training,
+            residual_momentum,
+            residual_eps,
+        )
+        total = total + _affine(
+            residual, residual_weight, residual_bias, residual_mean, residual_invstd
+        )
+    elif residual is not None:
+        total = total + residual
+    out = torch.relu(total) if relu else total
+    return out.to(x.dtype), mean, invstd, residual_mean, residual_invstd
+
+
+def bn_relu_apply(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    relu: bool,
+) -> Tensor:
+    out = _affine(x, weight, bias, mean, invstd)
+    return (torch.relu(out) if relu else out).to(x.dtype)
+
+
+def bn_relu_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    has_residual: bool,
+    residual: Tensor | None,
+    residual_bn: bool,
+    residual_weight: Tensor | None,
+    residual_mean: Tensor | None,
+    residual_invstd: Tensor | None,
+    residual_training: bool,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad = grad_out.to(mean.dtype)
+    if relu:
+        signed = _affine(x, weight, bias, mean, invstd) if out is None else out
+        grad = grad.masked_fill(signed <= 0, 0)
+    grad_x, grad_weight, grad_bias = _bn_backward(grad, x, weight, mean, invstd, training)
+    empty = mean.new_empty(0)
+    grad_residual, grad_residual_weight, grad_residual_bias = empty.to(x.dtype), empty, empty
+    if has_residual and residual_bn:
+        if residual is None or residual_mean is None or residual_invstd is None:
+            raise ValueError("bn_relu_backward: residual_bn needs residual and its statistics")
+        grad_residual, grad_residual_weight, grad_residual_bias = _bn_backward(
+            grad, residual, residual_weight, residual_mean, residual_invstd, residual_training
+        )
+    elif has_residual:
+        grad_residual = grad.to(x.dtype)
+    return (
+        grad_x,
+        grad_weight,
+        grad_bias,
+        grad_residual,
+        grad_residual_weight,
+        grad_residual_bias,
+    )
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    y = F.conv2d(x, weight.to(x.dtype), None, stride, padding, dilation, groups)
+    dtype = statistics_dtype(x)
+    out = y.to(dtype) * _per_channel(scale, dtype) + _per_channel(shift, dtype)
+    if residual is not None:
+        out = out + residual
+    out = (torch.relu(out) if relu else out).to(x.dtype)
+    return out.contiguous(memory_format=memory_format(x))
+
+
+def conv_bn_relu_(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor,
+    relu: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    residual.copy_(
+        conv_bn_relu(x, weight, scale, shift, residual, relu, stride, padding, dilation, groups)
+    )
+
+
+def conv_bn_relu_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    out: Tensor | None,
+    has_residual: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # <wgrad(x, g)[k], weight[k]> = sum(g * conv(x, weight)[k]), so that the gradient of scale needs
+    # no convolution output.
+    dtype = statistics_dtype(x)
+    grad = grad_out if out is None else add_relu_backward(grad_out, out)
+    scaled = (weight.to(dtype) * scale.to(dtype).view(-1, 1, 1, 1)).to(x.dtype)
+    grad_x, grad_scaled, _ = torch.ops.aten.convolution_backward(
+        grad, x, scaled, None, stride, padding, dilation, False, [0, 0], groups, [True, True, False]
+    )
+    grad_scaled = grad_scaled.to(dtype)
+    grad_weight = (grad_scaled * scale.to(dtype).view(-1, 1, 1, 1)).to(weight.dtype)
+    grad_scale = (grad_scaled * weight.to(dtype)).sum((1, 2, 3)).to(scale.dtype)
+    grad_shift = grad.to(dtype).sum(_CHANNEL_DIMS).to(scale.dtype)
+    grad_x = grad_x.contiguous(memory_format=memory_format(x))
+    grad_residual = grad if has_residual else grad.new_empty(0)
+    return grad_x, grad_weight, grad_scale, grad_shift, grad_residual
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over N, H and W, both (C,), differentiable."""
+    var, mean = torch.var_mean(x.to(statistics_dtype(x)), _CHANNEL_DIMS, correction=0)
+    return mean, var
+
+
+def _statistics(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    dtype = statistics_dtype(x)
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError("bn_relu: running_mean and running_var must be given in evaluation")
+        return running_mean.to(dtype, copy=True), (running_var.to(dtype) + eps).rsqrt()
+    mean, var = batch_moments(x)
+    count = x.numel() // x.size(1)
+    with torch.no_grad():
+        if running_mean is not None:
+            running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
+        if running_var is not None:
+            unbiased = var * (count / (count - 1))
+            running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
+    return mean, (var + eps).rsqrt()
+
+
+def _affine(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor
+) -> Tensor:
+    dtype = mean.dtype
+    scale = invstd if weight is None else invstd * weight.to(dtype)
+    out = (x.to(dtype) - _per_channel(mean, dtype)) * _per_channel(scale, dtype)
+    return out if bias is None else out + _per_channel(bias, dtype)
+
+
+def _bn_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = mean.dtype
+    xhat = (x.to(dtype) - _per_channel(mean, dtype)) * _per_channel(invstd, dtype)
+    sum_grad = grad.sum(_CHANNEL_DIMS)
+    sum_grad_xhat = (grad * xhat).sum(_CHANNEL_DIMS)
+    scale = invstd if weight is None else invstd * weight.to(dtype)
+    if training:
+        count = x.numel() // x.size(1)
+        grad = (
+            grad
+            - _per_channel(sum_grad / count, dtype)
+            - xhat * _per_channel(sum_grad_xhat / count, dtype)
+        )
+    grad_x = (grad * _per_channel(scale, dtype)).to(x.dtype)
+    parameter_dtype = dtype if weight is None else weight.dtype
+    return grad_x, sum_grad_xhat.to(parameter_dtype), sum_grad.to(parameter_dtype)
+
+
+def _per_channel(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    return vector.to(dtype).view(1, -1, 1, 1)
