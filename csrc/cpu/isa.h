@@ -1,0 +1,14 @@
+// Which instruction set's inner loops run: the best this CPU has, or RESNET_FUSED_CPU_ISA.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace resnet_fused::cpu {
+
+// Throws when RESNET_FUSED_CPU_ISA names something unknown or unsupported here.
+const Kernels& kernels();
+
+}  // namespace resnet_fused::cpu
+
+// "default", "avx2" or "avx512", or what is wrong with RESNET_FUSED_CPU_ISA; never throws.
+const char* resnet_fused_cpu_isa();

@@ -1,0 +1,77 @@
+// The table of inner loops that every instruction set provides, and their arguments.
+//
+// Every loop runs over a matrix: `rows` rows, `width` elements apart, and in each row the columns
+// [begin, end). Per-channel values (A*) are indexed by column, so a column always belongs to one
+// channel. A is the arithmetic type: float, or double for float64 tensors.
+#pragma once
+
+#include <cstdint>
+
+namespace resnet_fused::cpu {
+
+struct Matrix {
+  int64_t rows, width, begin, end;
+};
+
+enum DType { kFloat32, kBFloat16, kFloat16, kFloat64, kDTypes };
+enum Residual { kNoResidual, kPlainResidual, kBatchNormResidual, kResiduals };
+// Where backward takes the sign of the ReLU's input from.
+enum Mask { kNoMask, kMaskFromOut, kMaskFromX, kMasks };
+
+// (x - mean) * scale + bias, always in this order of operations.
+struct Affine {
+  const void *mean, *scale, *bias;
+};
+
+struct StatisticsArgs {
+  const void* x;
+  const void* shift;
+  // Sums of x - shift and of its square.
+  double *sum, *sum_squares;
+};
+
+struct ApplyArgs {
+  const void *x, *residual;
+  void* out;
+  Affine bn, residual_bn;
+};
+
+struct ReduceArgs {
+  const void *grad_out, *out, *x, *residual;
+  // Receives the masked grad_out with kPlainResidual.
+  void* grad_residual;
+  Affine bn, residual_bn;
+  // Sums of dy, dy * (x - mean) and, with kBatchNormResidual, dy * (residual - residual mean),
+  // where dy is the masked grad_out.
+  double *sum_dy, *sum_dy_x, *sum_dy_residual;
+};
+
+// grad_x = scale * (dy - mean_dy - (x - mean) * slope)
+struct Projection {
+  const void *mean_dy, *slope;
+};
+
+struct GradientArgs {
+  const void *grad_out, *out, *x, *residual;
+  void *grad_x, *grad_residual;
+  Affine bn, residual_bn;
+  Projection projection, residual_projection;
+};
+
+struct Kernels {
+  const char* name;
+  void (*add_relu[kDTypes])(const void* x, const void* residual, void* out, int64_t n);
+  void (*add_relu_backward[kDTypes])(const void* grad_out, const void* out, void* grad, int64_t n);
+  void (*statistics[kDTypes])(const Matrix&, const StatisticsArgs&);
+  void (*apply[kDTypes][kResiduals][2])(const Matrix&, const ApplyArgs&);  // [relu]
+  void (*reduce[kDTypes][kMasks][kResiduals])(const Matrix&, const ReduceArgs&);
+  // [residual_bn] [training] [residual_training]; without training there is no projection.
+  void (*gradients[kDTypes][kMasks][2][2][2])(const Matrix&, const GradientArgs&);
+};
+
+// Null where the compiler or the target lacks the instruction set.
+const Kernels* default_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,267 @@
+// The inner loops, compiled once per instruction set into namespace RESNET_FUSED_ISA. All of them
+// round alike on every instruction set: there is no fused multiply-add, and the order of a sum
+// does not depend on the vector length.
+#include "cpu/kernels.h"
+
+namespace resnet_fused::cpu::RESNET_FUSED_ISA {
+namespace {
+
+#include "cpu/vec.inl"
+
+template <class T>
+using Vec = typename Element<T>::Vec;
+template <class T>
+using Scalar = typename Element<T>::Scalar;
+
+// Rows taken together before the next columns, so that per-channel values are loaded once.
+constexpr int64_t kApplyRows = 4;
+// Rows summed in Scalar before their sums go on in double.
+constexpr int64_t kSumRows = 16;
+
+// Calls body(row, rows, column, lanes) until every element was visited.
+template <class T, class Body>
+RESNET_FUSED_INLINE void for_each_block(const Matrix& m, int64_t block_rows, const Body& body) {
+  for (int64_t row = 0; row < m.rows; row += block_rows) {
+    const int64_t rows = m.rows - row < block_rows ? m.rows - row : block_rows;
+    int64_t column = m.begin;
+    for (; column + kLanes<T> <= m.end; column += kLanes<T>) body(row, rows, column, AllLanes{});
+    if (column < m.end) body(row, rows, column, m.end - column);
+  }
+}
+
+// A narrow matrix is walked down its columns with everything per-channel in registers.
+template <class T>
+RESNET_FUSED_INLINE int64_t apply_rows(const Matrix& m) {
+  return m.end - m.begin <= 2 * kLanes<T> ? m.rows : kApplyRows;
+}
+
+template <class T, class N>
+RESNET_FUSED_INLINE Vec<T> load_channels(const void* values, int64_t column, N n) {
+  return load(static_cast<const Scalar<T>*>(values) + column, n);
+}
+
+template <class T>
+struct LoadedAffine {
+  Vec<T> mean, scale, bias;
+
+  __attribute__((always_inline)) Vec<T> operator()(Vec<T> x) const {
+    return (x - mean) * scale + bias;
+  }
+};
+
+template <class T, class N>
+RESNET_FUSED_INLINE LoadedAffine<T> load_affine(const Affine& a, int64_t column, N n) {
+  return {load_channels<T>(a.mean, column, n), load_channels<T>(a.scale, column, n),
+          load_channels<T>(a.bias, column, n)};
+}
+
+template <class T>
+void add_relu_kernel(const void* x, const void* residual, void* out, int64_t n) {
+  const T* px = static_cast<const T*>(x);
+  const T* pr = static_cast<const T*>(residual);
+  T* po = static_cast<T*>(out);
+  for_each_block<T>({1, n, 0, n}, 1, [=](int64_t, int64_t, int64_t i, auto lanes) {
+    store(po + i, relu(load(px + i, lanes) + load(pr + i, lanes)), lanes);
+  });
+}
+
+template <class T>
+void add_relu_backward_kernel(const void* grad_out, const void* out, void* grad, int64_t n) {
+  const T* pg = static_cast<const T*>(grad_out);
+  const T* po = static_cast<const T*>(out);
+  T* pgrad = static_cast<T*>(grad);
+  for_each_block<T>({1, n, 0, n}, 1, [=](int64_t, int64_t, int64_t i, auto lanes) {
+    const Vec<T> g = load(pg + i, lanes);
+    store(pgrad + i, load(po + i, lanes) <= 0 ? Vec<T>{} : g, lanes);
+  });
+}
+
+// Differences from the first row of each block are summed, which loses nothing however large the
+// mean is; moving the sums to the common `shift` is exact enough in double.
+template <class T>
+void statistics_kernel(const Matrix& m, const StatisticsArgs& args) {
+  const T* x = static_cast<const T*>(args.x);
+  for_each_block<T>(m, kSumRows, [&](int64_t row, int64_t rows, int64_t column, auto lanes) {
+    const T* p = x + row * m.width + column;
+    const Vec<T> first = load(p, lanes);
+    const Vec<T> shift = load_channels<T>(args.shift, column, lanes);
+    Vec<T> sum{}, squares{};
+    for (int64_t r = 1; r < rows; ++r) {
+      const Vec<T> d = load(p + r * m.width, lanes) - first;
+      sum += d;
+      squares += d * d;
+    }
+    const double n = static_cast<double>(rows);
+    for (int part = 0; part < kParts<Vec<T>>; ++part) {
+      const DoubleVec offset = to_double(first, part) - to_double(shift, part);
+      const DoubleVec sum_part = to_double(sum, part);
+      const DoubleVec squares_part = to_double(squares, part);
+      add_part(args.sum + column, sum_part + n * offset, part, lanes);
+      add_part(args.sum_squares + column, squares_part + offset * (2 * sum_part + n * offset), part,
+               lanes);
+    }
+  });
+}
+
+template <class T, Residual kResidual, bool kRelu>
+void apply_kernel(const Matrix& m, const ApplyArgs& args) {
+  const T* x = static_cast<const T*>(args.x);
+  const T* residual = static_cast<const T*>(args.residual);
+  T* out = static_cast<T*>(args.out);
+  for_each_block<T>(m, apply_rows<T>(m), [&](int64_t row, int64_t rows, int64_t column, auto n) {
+    const auto bn = load_affine<T>(args.bn, column, n);
+    LoadedAffine<T> residual_bn{};
+    if constexpr (kResidual == kBatchNormResidual) {
+      residual_bn = load_affine<T>(args.residual_bn, column, n);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = (row + r) * m.width + column;
+      Vec<T> v = bn(load(x + i, n));
+      if constexpr (kResidual == kPlainResidual) v += load(residual + i, n);
+      if constexpr (kResidual == kBatchNormResidual) v += residual_bn(load(residual + i, n));
+      store(out + i, kRelu ? relu(v) : v, n);
+    }
+  });
+}
+
+// The gradient behind the ReLU: grad_out where the ReLU's input was not <= 0.
+template <class T, Mask kMask, class N>
+RESNET_FUSED_INLINE Vec<T> masked(const T* grad_out, const T* out, Vec<T> x,
+                                  const LoadedAffine<T>& bn, N n) {
+  const Vec<T> g = load(grad_out, n);
+  if constexpr (kMask == kMaskFromOut) return load(out, n) <= 0 ? Vec<T>{} : g;
+  if constexpr (kMask == kMaskFromX) return bn(x) <= Element<T>::kRoundsToZero ? Vec<T>{} : g;
+  return g;
+}
+
+template <class T, Mask kMask, Residual kResidual>
+void reduce_kernel(const Matrix& m, const ReduceArgs& args) {
+  const T* grad_out = static_cast<const T*>(args.grad_out);
+  const T* out = static_cast<const T*>(args.out);
+  const T* x = static_cast<const T*>(args.x);
+  const T* residual = static_cast<const T*>(args.residual);
+  T* grad_residual = static_cast<T*>(args.grad_residual);
+  for_each_block<T>(m, kSumRows, [&](int64_t row, int64_t rows, int64_t column, auto n) {
+    const auto bn = load_affine<T>(args.bn, column, n);
+    Vec<T> residual_mean{};
+    if constexpr (kResidual == kBatchNormResidual) {
+      residual_mean = load_channels<T>(args.residual_bn.mean, column, n);
+    }
+    Vec<T> sum_dy{}, sum_dy_x{}, sum_dy_residual{};
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = (row + r) * m.width + column;
+      const Vec<T> x_i = load(x + i, n);
+      const Vec<T> dy = masked<T, kMask>(grad_out + i, out + i, x_i, bn, n);
+      sum_dy += dy;
+      sum_dy_x += dy * (x_i - bn.mean);
+      if constexpr (kResidual == kPlainResidual) store(grad_residual + i, dy, n);
+      if constexpr (kResidual == kBatchNormResidual) {
+        sum_dy_residual += dy * (load(residual + i, n) - residual_mean);
+      }
+    }
+    add(args.sum_dy + column, sum_dy, n);
+    add(args.sum_dy_x + column, sum_dy_x, n);
+    if constexpr (kResidual == kBatchNormResidual) {
+      add(args.sum_dy_residual + column, sum_dy_residual, n);
+    }
+  });
+}
+
+// Backward of batch norm for one element.
+template <class T, bool kTraining>
+struct LoadedProjection {
+  Vec<T> mean, scale, mean_dy, slope;
+
+  __attribute__((always_inline)) Vec<T> operator()(Vec<T> dy, Vec<T> x) const {
+    return kTraining ? scale * (dy - mean_dy - (x - mean) * slope) : scale * dy;
+  }
+};
+
+template <class T, bool kTraining, class N>
+RESNET_FUSED_INLINE LoadedProjection<T, kTraining> load_projection(const Affine& a,
+                                                                   const Projection& p,
+                                                                   int64_t column, N n) {
+  LoadedProjection<T, kTraining> loaded{};
+  loaded.scale = load_channels<T>(a.scale, column, n);
+  if constexpr (kTraining) {
+    loaded.mean = load_channels<T>(a.mean, column, n);
+    loaded.mean_dy = load_channels<T>(p.mean_dy, column, n);
+    loaded.slope = load_channels<T>(p.slope, column, n);
+  }
+  return loaded;
+}
+
+template <class T, Mask kMask, bool kResidualBn, bool kTraining, bool kResidualTraining>
+void gradients_kernel(const Matrix& m, const GradientArgs& args) {
+  const T* grad_out = static_cast<const T*>(args.grad_out);
+  const T* out = static_cast<const T*>(args.out);
+  const T* x = static_cast<const T*>(args.x);
+  const T* residual = static_cast<const T*>(args.residual);
+  T* grad_x = static_cast<T*>(args.grad_x);
+  T* grad_residual = static_cast<T*>(args.grad_residual);
+  for_each_block<T>(m, apply_rows<T>(m), [&](int64_t row, int64_t rows, int64_t column, auto n) {
+    LoadedAffine<T> bn{};
+    if constexpr (kMask == kMaskFromX) bn = load_affine<T>(args.bn, column, n);
+    const auto projection = load_projection<T, kTraining>(args.bn, args.projection, column, n);
+    LoadedProjection<T, kResidualTraining> residual_projection{};
+    if constexpr (kResidualBn) {
+      residual_projection = load_projection<T, kResidualTraining>(
+          args.residual_bn, args.residual_projection, column, n);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = (row + r) * m.width + column;
+      Vec<T> x_i{}, residual_i{};
+      if constexpr (kTraining || kMask == kMaskFromX) x_i = load(x + i, n);
+      if constexpr (kResidualBn && kResidualTraining) residual_i = load(residual + i, n);
+      const Vec<T> dy = masked<T, kMask>(grad_out + i, out + i, x_i, bn, n);
+      store(grad_x + i, projection(dy, x_i), n);
+      if constexpr (kResidualBn) store(grad_residual + i, residual_projection(dy, residual_i), n);
+    }
+  });
+}
+
+template <class T, Residual kResidual>
+constexpr void add_for_residual(Kernels& k, DType dtype) {
+  k.apply[dtype][kResidual][false] = apply_kernel<T, kResidual, false>;
+  k.apply[dtype][kResidual][true] = apply_kernel<T, kResidual, true>;
+  k.reduce[dtype][kNoMask][kResidual] = reduce_kernel<T, kNoMask, kResidual>;
+  k.reduce[dtype][kMaskFromOut][kResidual] = reduce_kernel<T, kMaskFromOut, kResidual>;
+  k.reduce[dtype][kMaskFromX][kResidual] = reduce_kernel<T, kMaskFromX, kResidual>;
+}
+
+template <class T, Mask kMask>
+constexpr void add_for_mask(Kernels& k, DType dtype) {
+  auto& gradients = k.gradients[dtype][kMask];
+  gradients[false][false][false] = gradients_kernel<T, kMask, false, false, false>;
+  gradients[false][true][false] = gradients_kernel<T, kMask, false, true, false>;
+  gradients[true][false][false] = gradients_kernel<T, kMask, true, false, false>;
+  gradients[true][false][true] = gradients_kernel<T, kMask, true, false, true>;
+  gradients[true][true][false] = gradients_kernel<T, kMask, true, true, false>;
+  gradients[true][true][true] = gradients_kernel<T, kMask, true, true, true>;
+}
+
+template <class T>
+constexpr void add_kernels(Kernels& k, DType dtype) {
+  k.add_relu[dtype] = add_relu_kernel<T>;
+  k.add_relu_backward[dtype] = add_relu_backward_kernel<T>;
+  k.statistics[dtype] = statistics_kernel<T>;
+  add_for_residual<T, kNoResidual>(k, dtype);
+  add_for_residual<T, kPlainResidual>(k, dtype);
+  add_for_residual<T, kBatchNormResidual>(k, dtype);
+  add_for_mask<T, kNoMask>(k, dtype);
+  add_for_mask<T, kMaskFromOut>(k, dtype);
+  add_for_mask<T, kMaskFromX>(k, dtype);
+}
+
+constexpr Kernels make_kernels(const char* name) {
+  Kernels k{};
+  k.name = name;
+  add_kernels<float>(k, kFloat32);
+  add_kernels<BFloat16>(k, kBFloat16);
+  add_kernels<Float16>(k, kFloat16);
+  add_kernels<double>(k, kFloat64);
+  return k;
+}
+
+}  // namespace
+}  // namespace resnet_fused::cpu::RESNET_FUSED_ISA
