@@ -284,6 +284,9 @@ class NativeBuild(build_ext):
     def run(self) -> None:
         if self.problem is not None:
             raise SystemExit(f"resnet_fused: {self.problem}.")
+        if self.inplace and not self.extensions:
+            # What an earlier build left here would be loaded all the same.
+            (ROOT / "resnet_fused/_C.abi3.so").unlink(missing_ok=True)
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
@@ -295,7 +298,7 @@ class NativeBuild(build_ext):
         ]
         library = Path(self.get_ext_fullpath(ext.name)).absolute()
         command = self.link_command(objects.values(), library)
-        link = Job(library.name, library, temp / f"{library.name}.command", command)
+        link = Job(f"linking {library.name}", library, temp / f"{library.name}.command", command)
         try:
             run_jobs([job for job in jobs if job.is_stale()], worker_count(dict(os.environ)))
             run_jobs([link] if link.is_stale() else [], workers=1)
