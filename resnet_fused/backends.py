@@ -96,6 +96,23 @@ def available(operator: str, device_type: str, dtype: torch.dtype = torch.float3
     ]
 
 
+def is_accelerated(operator: str, x: Tensor) -> bool:
+    """Whether something faster than plain PyTorch runs `operator` on tensors like `x`.
+
+    True also where a backend was asked for: then that one runs, whatever its speed.
+    """
+    if _wish or _environment():
+        return True
+    return _is_accelerated(operator, x.device.type, x.dtype)
+
+
+@functools.cache
+def _is_accelerated(operator: str, device_type: str, dtype: torch.dtype) -> bool:
+    if device_type == "cpu" and not _extension.load():
+        _warn_slow()
+    return available(operator, device_type, dtype)[0] != "reference"
+
+
 @functools.cache
 def _choose(
     operator: str, device_type: str, dtype: torch.dtype, wish: str | None

@@ -59,6 +59,22 @@ def bn_relu(
     Raises ValueError on mismatched shapes or devices, on missing running statistics in evaluation, and
     in training on one value per channel; TypeError on tensors that are not floating point.
     """
+    bn = BatchNormArgs(weight, bias, running_mean, running_var, training, momentum, eps)
+    return bn_relu_with_statistics(x, bn, residual, residual_bn, relu)[0]
+
+
+def bn_relu_with_statistics(
+    x: Tensor,
+    bn: BatchNormArgs,
+    residual: Tensor | None = None,
+    residual_bn: BatchNormArgs | None = None,
+    relu: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`bn_relu`, and what it normalised by.
+
+    Returns (out, mean, invstd, residual_mean, residual_invstd); the statistics are (C,), or empty
+    where there is no residual_bn, and carry no gradient.
+    """
     if residual is None:
         _checks.check_tensors("bn_relu", x=x)
         if residual_bn is not None:
@@ -66,10 +82,9 @@ def bn_relu(
     else:
         x, residual = _checks.promote("bn_relu", x, residual)
     return call(  # type: ignore[no-any-return]
-        _bn_relu,
-        *(x, weight, bias, running_mean, running_var, training, momentum, eps),
-        *(residual, residual_bn is not None, *(residual_bn or _NO_BATCH_NORM), relu),
-    )[0]
+        *(_bn_relu, x, *bn, residual, residual_bn is not None),
+        *(*(residual_bn or _NO_BATCH_NORM), relu),
+    )
 
 
 def bn_relu_apply(
@@ -251,7 +266,6 @@ def _backward_fake(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...
     weight, mean, has_residual, residual_bn, residual_weight = (rest[i] for i in (1, 3, 6, 8, 9))
     grad_x = torch.empty_like(x, memory_format=memory_format(x))
     grad_residual = torch.empty_like(grad_x) if has_residual else x.new_empty(0)
-    like, like_residual = weight, residual_weight
     like = mean if weight is None else weight
     like_residual = mean if residual_weight is None else residual_weight
     shape = like.shape if residual_bn else (0,)

@@ -1,0 +1,7 @@
+"""Modules that compute fused, with the constructors and state_dicts of those they replace."""
+
+from resnet_fused.nn.conv_bn_relu import ConvBnReLU2d
+from resnet_fused.nn.frozen_batch_norm import FrozenBatchNorm2d
+from resnet_fused.nn.residual import BasicBlock, Bottleneck
+
+__all__ = ["BasicBlock", "Bottleneck", "ConvBnReLU2d", "FrozenBatchNorm2d"]

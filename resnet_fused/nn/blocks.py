@@ -1,0 +1,205 @@
+"""What a residual block computes, fused, on any modules that have a block's attributes.
+
+Everything is decided at each call from the modules at hand: their types, training flags and hooks.
+Where the fused computation would not be exact, or no faster, the functions return None and the
+caller runs its modules one by one.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from resnet_fused import backends
+from resnet_fused.folding import scale_shift
+from resnet_fused.nn.block_function import Branch, Geometry, residual_block
+from resnet_fused.nn.frozen_batch_norm import FrozenBatchNorm2d, is_frozen_batch_norm
+from resnet_fused.ops.bn_relu import BatchNormArgs, bn_relu
+from resnet_fused.ops.conv_bn_relu import conv_bn_relu as folded_conv_bn_relu
+from resnet_fused.ops.conv_bn_relu import conv_bn_relu_ as folded_conv_bn_relu_
+
+BatchNorm = nn.BatchNorm2d | FrozenBatchNorm2d
+Pair = tuple[nn.Conv2d, BatchNorm]  # a convolution and the normalisation of its output
+
+
+def conv_bn_relu(
+    x: Tensor,
+    conv: nn.Module,
+    bn: nn.Module,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    reuse_residual: bool = False,
+) -> Tensor | None:
+    """relu(bn(conv(x)) + residual), following `bn.training`; None where that cannot be fused.
+
+    reuse_residual: the memory of `residual` may become the output's, if no gradient is needed.
+    """
+    if not (_applies(x) and is_pair(conv, bn)):
+        return None
+    return _pair_forward(x, (conv, bn), residual, relu, reuse_residual)  # type: ignore[arg-type]
+
+
+def residual_forward(
+    x: Tensor,
+    pairs: Sequence[tuple[nn.Module, nn.Module]],
+    downsample: nn.Module | None,
+    reuse_input: bool = False,
+) -> Tensor | None:
+    """The block of `pairs` around the shortcut `downsample`; None where that cannot be fused.
+
+    relu(bn(conv(... relu(bn(conv(x))))) + downsample(x)) with every normalisation in the mode of
+    its own training flag. reuse_input: the caller gives x away, so its memory may become the output's.
+    """
+    if not (_applies(x) and all(is_pair(conv, bn) for conv, bn in pairs)):
+        return None
+    projection = as_pair(downsample)
+    every: list[Pair] = [*pairs, projection] if projection is not None else [*pairs]  # type: ignore[list-item]
+    if downsample is None or projection is not None:
+        trained = torch.is_grad_enabled() and any(_uses_batch(bn) for _, bn in every)
+        if trained and not torch.compiler.is_compiling() and _is_one_node(x, every):
+            return _trained_forward(x, every, projection is not None)
+    *first, last = every if projection is None else every[:-1]
+    z = x
+    for pair in first:
+        z = _pair_forward(z, pair)
+    if downsample is None:
+        return _pair_forward(z, last, x, reuse_residual=reuse_input)
+    if projection is None:
+        return _pair_forward(z, last, downsample(x))
+    if _uses_batch(last[1]) or _uses_batch(projection[1]):
+        y, y_shortcut = _convolve(z, last[0]), _convolve(x, projection[0])
+        return bn_relu(
+            *(y, *batch_norm_args(last[1])),
+            residual=y_shortcut,
+            residual_bn=batch_norm_args(projection[1]),
+        )
+    shortcut = _pair_forward(x, projection, relu=False)
+    return _pair_forward(z, last, shortcut, reuse_residual=True)
+
+
+def is_pair(conv: nn.Module, bn: nn.Module) -> bool:
+    """Whether the two are a plain Conv2d and a BatchNorm2d or frozen BN that nobody listens to."""
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros":
+        return False
+    if isinstance(conv.padding, str) or not (
+        type(bn) is nn.BatchNorm2d or is_frozen_batch_norm(bn)
+    ):
+        return False
+    return not (has_hooks(conv) or has_hooks(bn))
+
+
+def as_pair(downsample: nn.Module | None) -> Pair | None:
+    """The convolution and the normalisation of a projection shortcut; None if it is anything else."""
+    if type(downsample) is not nn.Sequential or len(downsample) != 2 or has_hooks(downsample):
+        return None
+    conv, bn = downsample
+    return (conv, bn) if is_pair(conv, bn) else None  # type: ignore[return-value]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def batch_norm_args(bn: BatchNorm) -> BatchNormArgs:
+    """The arguments with which `bn` normalises now; counts a batch in training, as its call does."""
+    if not isinstance(bn, nn.BatchNorm2d):
+        return BatchNormArgs(bn.weight, bn.bias, bn.running_mean, bn.running_var, eps=bn.eps)
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    running = (bn.running_mean, bn.running_var)
+    if bn.training and not bn.track_running_stats:
+        running = (None, None)
+    return BatchNormArgs(bn.weight, bn.bias, *running, _uses_batch(bn), momentum, bn.eps)
+
+
+def _applies(x: Tensor) -> bool:
+    """Whether fused operators are exact and worth calling for x, here and now."""
+    return (
+        x.dim() == 4
+        and backends.is_accelerated("bn_relu", x)
+        and not torch.jit.is_tracing()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch_module._has_any_global_hook()
+    )
+
+
+def _uses_batch(bn: BatchNorm) -> bool:
+    """Whether `bn` normalises by the statistics of the batch."""
+    return isinstance(bn, nn.BatchNorm2d) and (bn.training or bn.running_mean is None)
+
+
+def _pair_forward(
+    x: Tensor,
+    pair: Pair,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    reuse_residual: bool = False,
+) -> Tensor:
+    conv, bn = pair
+    if _uses_batch(bn):
+        y = _convolve(x, conv)
+        if residual is not None:
+            residual = residual.to(y.dtype)  # as in `out += identity`
+        return bn_relu(y, *batch_norm_args(bn), residual=residual, relu=relu)
+    scale, shift = scale_shift(
+        bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, conv.bias  # type: ignore[arg-type]
+    )
+    if residual is not None and not torch.is_autocast_enabled(x.device.type):
+        residual = residual.to(x.dtype)
+    function = folded_conv_bn_relu
+    if reuse_residual and residual is not None and _may_overwrite(residual, x):
+        function = folded_conv_bn_relu_
+    arguments = (x, conv.weight, scale, shift, residual, relu)
+    return function(*arguments, conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+
+
+def _may_overwrite(residual: Tensor, x: Tensor) -> bool:
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled(x.device.type)
+        or residual.is_inference() is not torch.is_inference_mode_enabled()
+    )
+
+
+def _convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    return torch.conv2d(
+        x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    )
+
+
+def _is_one_node(x: Tensor, pairs: Sequence[Pair]) -> bool:
+    """Whether the block can be one autograd node, and something in it needs a gradient."""
+    if any(conv.bias is not None for conv, _ in pairs):
+        return False
+    return x.requires_grad or any(
+        p.requires_grad for conv, bn in pairs for p in (conv.weight, bn.weight) if p is not None
+    )
+
+
+def _trained_forward(x: Tensor, pairs: Sequence[Pair], has_projection: bool) -> Tensor:
+    device_type = x.device.type
+    autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
+    branches = [
+        Branch(
+            conv.weight.to(dtype) if autocast else conv.weight,
+            batch_norm_args(bn),
+            Geometry(conv.stride, conv.padding, conv.dilation, conv.groups),  # type: ignore[arg-type]
+        )
+        for conv, bn in pairs
+    ]
+    shortcut = branches.pop() if has_projection else None
+    with torch.autocast(device_type, enabled=False):
+        return residual_block(x.to(dtype), branches, shortcut)
