@@ -1,0 +1,18 @@
+"""Which child of a module plays which part in a pattern this library can run."""
+
+from typing import NamedTuple
+
+
+class Roles(NamedTuple):
+    """The parts of a proven module. Every name is that of a direct child.
+
+    pattern: "BasicBlock", "Bottleneck" or "ResNet" (the stem and the order of the stages).
+    convs, norms: in data-flow order. bypassed: ReLU and Identity children, no longer called.
+    shortcut: the child that the input goes through before the add; None if it is added as is.
+    """
+
+    pattern: str
+    convs: tuple[str, ...]
+    norms: tuple[str, ...]
+    bypassed: tuple[str, ...]
+    shortcut: str | None

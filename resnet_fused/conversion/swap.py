@@ -1,0 +1,130 @@
+"""Fused classes: made per original class, given to an instance and taken away by `__class__`."""
+
+import functools
+import types
+from typing import Any, NamedTuple, SupportsIndex
+
+from torch import Tensor, nn
+
+from resnet_fused.conversion.roles import Roles
+from resnet_fused.models import ResNet
+from resnet_fused.nn import BasicBlock, Bottleneck
+from resnet_fused.nn.blocks import has_hooks, residual_forward
+
+
+class Plan(NamedTuple):
+    """What a fused class is made from, and is made from again when it is unpickled.
+
+    children: name and class of every child at conversion. As long as they are the same, the proof
+    that the roles stand for holds.
+    """
+
+    original: type[nn.Module]
+    roles: Roles
+    children: tuple[tuple[str, type], ...]
+
+
+class Fused(nn.Module):
+    """What fused classes have in common; the original class is their next base class."""
+
+    plan: Plan
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        # The class cannot be found by name: it is made again from the plan.
+        reduced = super().__reduce_ex__(max(int(protocol), 2))
+        if isinstance(reduced, tuple) and reduced[1] == (type(self),):
+            return _rebuild, (self.plan,), *reduced[2:]
+        return reduced
+
+    def _is_as_proven(self) -> bool:
+        """Whether the children are those at conversion, and nobody listens to the bypassed ones."""
+        modules, plan = self._modules, type(self).plan
+        return (
+            len(modules) == len(plan.children)
+            and all(type(modules.get(name)) is cls for name, cls in plan.children)
+            and not any(has_hooks(getattr(self, name)) for name in plan.roles.bypassed)
+        )
+
+
+class FusedBlock(Fused):
+    """The forward of a converted residual block."""
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        # Proven is the call with one tensor; any other is the original's business.
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            return self.forward_reusing(args[0], reuse_input=False)
+        return super().forward(*args, **kwargs)
+
+    def forward_reusing(self, x: Tensor, reuse_input: bool) -> object:
+        """`forward`; with reuse_input the caller gives x away and its memory may be overwritten."""
+        if self._is_as_proven():
+            roles = type(self).plan.roles
+            pairs = [
+                (getattr(self, conv), getattr(self, norm))
+                for conv, norm in zip(roles.convs, roles.norms, strict=True)
+            ]
+            shortcut = None if roles.shortcut is None else getattr(self, roles.shortcut)
+            out = residual_forward(x, pairs, shortcut, reuse_input)
+            if out is not None:
+                return out
+        return super().forward(x)
+
+
+class FusedNetwork(Fused):
+    """The forward of a converted network: fused stem, channels_last inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._is_as_proven():
+            return ResNet.forward(self, x)  # type: ignore[arg-type]
+        return super().forward(x)
+
+
+_OURS: dict[str, type[nn.Module]] = {
+    "BasicBlock": BasicBlock,
+    "Bottleneck": Bottleneck,
+    "ResNet": ResNet,
+}
+
+
+def swap_in(module: nn.Module, roles: Roles) -> None:
+    """Give the module the fused forward; its original class stays its base class."""
+    children = tuple((name, type(child)) for name, child in module._modules.items())
+    module.__class__ = _fused_class(Plan(type(module), roles, children))
+
+
+def swap_out(module: nn.Module) -> None:
+    """Give the module its original class back."""
+    plan = plan_of(module)
+    if plan is not None:
+        module.__class__ = plan.original
+
+
+def plan_of(module: nn.Module) -> Plan | None:
+    """How the module was fused; None if it was not."""
+    return type(module).plan if isinstance(module, Fused) else None
+
+
+def native_roles(module: nn.Module) -> Roles | None:
+    """The roles in one of this library's own modules with this library's forward; else None."""
+    for pattern, ours in _OURS.items():
+        if isinstance(module, ours) and type(module).forward is ours.forward:
+            numbers = range(1, {"ResNet": 1, "BasicBlock": 2, "Bottleneck": 3}[pattern] + 1)
+            convs, norms = tuple(f"conv{i}" for i in numbers), tuple(f"bn{i}" for i in numbers)
+            shortcut = getattr(module, "downsample", None) and "downsample"
+            return Roles(pattern, convs, norms, ("relu",), shortcut)
+    return None
+
+
+@functools.cache
+def _fused_class(plan: Plan) -> type[nn.Module]:
+    original, ours = plan.original, _OURS[plan.roles.pattern]
+    mixin = FusedNetwork if ours is ResNet else FusedBlock
+    bases = (mixin, original) if issubclass(original, ours) else (mixin, original, ours)
+    namespace = {"__doc__": original.__doc__, "__module__": __name__, "plan": plan}
+    name = f"Fused{original.__name__}"
+    return types.new_class(name, bases, exec_body=lambda body: body.update(namespace))
+
+
+def _rebuild(plan: Plan) -> nn.Module:
+    cls = _fused_class(plan)
+    return cls.__new__(cls)
