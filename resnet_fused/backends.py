@@ -58,6 +58,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, _Implementation]] = {
 }
 OPERATORS = tuple(_IMPLEMENTATIONS)
 
+_EXTENSION_LOADED = _extension.load()
 _wish: str | None = None
 
 
@@ -99,8 +100,11 @@ def available(operator: str, device_type: str, dtype: torch.dtype = torch.float3
 def is_accelerated(operator: str, x: Tensor) -> bool:
     """Whether something faster than plain PyTorch runs `operator` on tensors like `x`.
 
-    True also where a backend was asked for: then that one runs, whatever its speed.
+    True also where a backend was asked for: then that one runs, whatever its speed. Traced code asks
+    for the default: a wish that changes later must not need a recompilation.
     """
+    if torch.compiler.is_compiling():
+        return x.is_cpu and _EXTENSION_LOADED
     if _wish or _environment():
         return True
     return _is_accelerated(operator, x.device.type, x.dtype)

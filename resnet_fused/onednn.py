@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_fused import _extension, native, reference
+from resnet_fused import native, reference
 from resnet_fused.fingerprint import Snapshot
-from resnet_fused.layout import memory_format
+from resnet_fused.layout import memory_format, to_format
 
 _SHAPES_KEPT = 4  # packings of one weight; oneDNN's best layout depends on the shape of x
 
 _bn_relu = native.launcher("bn_relu")
 _add_relu_backward = native.launcher("add_relu_backward")
 
-Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # padding, stride, dilation, groups
+# padding, stride, dilation, groups: the order of oneDNN's operators
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 
 
 class _Weights:
@@ -53,7 +54,7 @@ def conv_bn_relu(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    geometry = (padding, stride, dilation, groups)
+    geometry = (tuple(padding), tuple(stride), tuple(dilation), groups)
     packed = _packed(x, weight, scale, shift, geometry)
     if packed is None:
         return _convolution_then_affine(x, weight, scale, shift, residual, relu, geometry)
@@ -80,13 +81,11 @@ def conv_bn_relu_(
     dilation: Sequence[int],
     groups: int,
 ) -> None:
-    geometry = (padding, stride, dilation, groups)
+    geometry = (tuple(padding), tuple(stride), tuple(dilation), groups)
     packed = _packed(x, weight, scale, shift, geometry)
-    if packed is None or not residual.is_contiguous(memory_format=torch.channels_last):
-        out = conv_bn_relu(
-            x, weight, scale, shift, residual, relu, stride, padding, dilation, groups
-        )
-        residual.copy_(out)
+    if packed is None:
+        y = _convolution_then_affine(x, weight, scale, shift, residual, relu, geometry)
+        residual.copy_(y)
     else:
         torch.ops.mkldnn._convolution_pointwise_.binary(
             residual, x, *packed, *geometry, "add", 1.0, "relu" if relu else None, [], None
@@ -163,7 +162,8 @@ def _convolution_then_affine(
 ) -> Tensor:
     padding, stride, dilation, groups = geometry
     y = F.conv2d(x, weight.to(x.dtype), None, stride, padding, dilation, groups)
-    y = y.contiguous(memory_format=memory_format(x))
+    format_ = memory_format(x)
+    y, residual = y.contiguous(memory_format=format_), to_format(residual, format_)
     mean, var = torch.zeros_like(scale), torch.ones_like(scale)
     affine = (y, scale, shift, mean, var, False, 0.0, 0.0)
     no_residual_bn = (False, None, None, None, None, False, 0.0, 0.0)
