@@ -19,7 +19,7 @@ endif
 
 BASE_PYTHON := $(or $(PYTHON),python3)
 PY ?= .venv/bin/python
-PIP = $(PY) -m pip --disable-pip-version-check -q
+PIP = $(PY) -m pip --disable-pip-version-check -qq
 STAMPS := $(if $(NAMED),build/stamps/$(subst /,-,$(abspath $(PY))),.venv/stamps)
 CPP_FILES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.inl tests/emulator/*)
 
@@ -51,9 +51,9 @@ lint: $(STAMPS)/tools ## ruff, mypy, clang-format
 bench: $(STAMPS)/bench extension ## compare with eager, torch.compile, onnxruntime and OpenVINO
 	$(PY) benchmarks/bench_resnet.py --device cpu $(ARGS)
 
-wheel: $(STAMPS)/tools ## make the manylinux wheel in dist/ (CPU, and CUDA where nvcc is in reach)
-	rm -rf build/wheel dist
-	$(PY) setup.py -q bdist_wheel --dist-dir build/wheel
+wheel: extension ## make the manylinux wheel in dist/ (CPU, and CUDA where nvcc is in reach)
+	rm -rf build/wheel build/lib* dist
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH="$(dir $(abspath $(PY))):$$PATH" $(PY) -m auditwheel repair --wheel-dir dist \
 	  --exclude 'libtorch*.so' --exclude 'libc10*.so' build/wheel/*.whl
 	$(PY) -m abi3audit --strict --summary dist/*.whl

@@ -255,7 +255,7 @@ class TestEmulated:
 
 
 def cut_out(n: int, offset: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Make n elements at an offset into a larger buffer, so that addresses are really misaligned."""
+    """Make n elements at an offset into a larger buffer: addresses are really misaligned then."""
     generator = torch.Generator().manual_seed(seed)
     buffer = torch.randn(n + offset, generator=generator).to(dtype)
     return buffer[offset:].view(1, n, 1, 1)
