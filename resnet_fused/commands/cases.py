@@ -1,0 +1,265 @@
+"""The operators of a network, one case per distinct layer shape, compared with float64."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnet_fused import ops
+from resnet_fused.commands.console import CommandError
+from resnet_fused.commands.numerics import Check, Subject, check
+
+EPS = 1e-5
+MOMENTUM = 0.1
+
+
+class ConvShape(NamedTuple):
+    """A convolution as it occurs in a network: input shape, weight shape and geometry."""
+
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+class Shapes(NamedTuple):
+    """The distinct shapes of a network's layers, in the order of the forward pass."""
+
+    convolutions: list[ConvShape]
+    activations: list[tuple[int, ...]]
+
+
+class Case(NamedTuple):
+    """One operator on one shape.
+
+    fused(*tensors) is the operator; before_relu(*tensors) is plain PyTorch up to the last ReLU, in
+    any dtype. The first `differentiable` tensors get gradients; `updated` tensors are changed
+    in place by both.
+    """
+
+    operator: str
+    label: str
+    fused: Callable[..., Tensor]
+    before_relu: Callable[..., Tensor]
+    tensors: dict[str, Tensor]
+    updated: tuple[str, ...] = ()
+
+
+def layer_shapes(model: nn.Module, images: Tensor) -> Shapes:
+    """Shapes seen by the convolutions and batch norms of an eager model for these images."""
+    convolutions: dict[ConvShape, None] = {}
+    activations: dict[tuple[int, ...], None] = {}
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            shape = ConvShape(
+                tuple(inputs[0].shape),
+                tuple(module.weight.shape),
+                module.stride,
+                _explicit(module.padding),
+                module.dilation,
+                module.groups,
+            )
+            convolutions[shape] = None
+        else:
+            activations[tuple(output.shape)] = None
+
+    hooks = [
+        module.register_forward_hook(record)
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d)
+    ]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Shapes(list(convolutions), list(activations))
+
+
+def _explicit(padding: str | tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(padding, str):
+        raise CommandError(f"convolutions with padding={padding!r} are not supported here")
+    return padding
+
+
+def cases(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Every operator on every shape that it would meet; the same random inputs each time."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        value = torch.randn(shape, generator=generator).to(device, dtype)
+        return value.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else value
+
+    for conv in shapes.convolutions:
+        yield from _conv_cases(conv, random)
+    for shape in shapes.activations:
+        yield from _bn_cases(shape, random)
+        tensors = {"x": random(*shape), "residual": random(*shape)}
+        yield Case("add_relu", _label(shape), ops.add_relu, torch.add, tensors)
+
+
+def run_case(case: Case, dtype: torch.dtype) -> list[Check]:
+    """Compare output, updated tensors and every gradient of one case."""
+    actual, eager = _copies(case), _copies(case)
+    exact = {name: value.double() for name, value in _copies(case).items()}
+    for tensors in (actual, eager, exact):
+        for name, tensor in tensors.items():
+            tensor.requires_grad_(name not in case.updated)
+    out = case.fused(*actual.values())
+    eager_out = torch.relu(case.before_relu(*eager.values()))
+    exact_total = case.before_relu(*exact.values())
+    subject = Subject(case.operator, case.label, dtype)
+    checks = [check(subject, "out", out.detach(), eager_out.detach(), exact_total.detach().relu())]
+    checks += [
+        check(subject, name, actual[name], eager[name], exact[name]) for name in case.updated
+    ]
+    generator = torch.Generator().manual_seed(1)
+    grad_out = torch.randn(out.shape, generator=generator).to(out)
+    grads = _gradients(out, actual, grad_out)
+    eager_grads = _gradients(eager_out, eager, grad_out)
+    # A sum within one rounding of zero has a sign that rounding decides: each implementation is
+    # compared with the exact gradient for its own signs, which the check of "out" has judged.
+    exact_grads = [
+        _gradients(exact_total, exact, grad_out.double() * (mask > 0), retain_graph=True)
+        for mask in (out, eager_out)
+    ]
+    checks += [
+        check(
+            subject, f"grad_{name}", grad, eager_grads[name], exact_grads[0][name],
+            exact_grads[1][name],
+        )
+        for name, grad in grads.items()
+    ]  # fmt: skip
+    return checks
+
+
+def _conv_cases(conv: ConvShape, random: Callable[..., Tensor]) -> Iterator[Case]:
+    fan_in = conv.weight[1] * conv.weight[2] * conv.weight[3]
+    weight = random(*conv.weight) * fan_in**-0.5
+    channels = conv.weight[0]
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    float32 = torch.float32
+    tensors = {
+        "x": random(*conv.x),
+        "weight": weight,
+        "scale": 1 + 0.1 * random(channels, dtype=float32),
+        "shift": random(channels, dtype=float32),
+    }
+
+    def fused(
+        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None
+    ) -> Tensor:
+        return ops.conv_bn_relu(x, weight, scale, shift, residual, True, *geometry)
+
+    def plain(
+        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None
+    ) -> Tensor:
+        y = F.conv2d(x, weight, None, *geometry)
+        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+        y = F.batch_norm(y, zero.detach(), one.detach(), scale, shift, eps=0.0)
+        return y if residual is None else y + residual
+
+    kernel = "x".join(map(str, conv.weight[2:]))
+    label = f"{_label(conv.x)} -> {channels}, {kernel}/{conv.stride[0]}"
+    if conv.groups > 1:
+        label += f", groups {conv.groups}"
+    yield Case("conv_bn_relu", label, fused, plain, tensors)
+    with torch.no_grad():
+        out_shape = F.conv2d(tensors["x"][:1], weight, None, *geometry).shape
+    residual = random(conv.x[0], *out_shape[1:])
+    with_residual = {**tensors, "residual": residual}
+    yield Case("conv_bn_relu", label + ", residual", fused, plain, with_residual)
+
+
+def _bn_cases(shape: tuple[int, ...], random: Callable[..., Tensor]) -> Iterator[Case]:
+    channels = shape[1]
+
+    def batch_norm() -> list[Tensor]:
+        weight, bias, mean = (random(channels, dtype=torch.float32) for _ in range(3))
+        return [1 + 0.1 * weight, bias, mean, 1 + mean.abs()]
+
+    names = ["x", "weight", "bias", "running_mean", "running_var"]
+    own = [random(*shape) * 2 + 1, *batch_norm()]
+    plain = dict(zip(names, own, strict=True))
+    residual = {**plain, "residual": random(*shape)}
+    other_names = [f"residual_{name}" for name in names[1:]]
+    dual = {**residual, **dict(zip(other_names, batch_norm(), strict=True))}
+    variants = [("", plain), (", residual", residual), (", residual with batch norm", dual)]
+    for training in (True, False):
+        for suffix, tensors in variants:
+            label = f"{_label(shape)}, {'training' if training else 'eval'}{suffix}"
+            statistics = tuple(name for name in tensors if "running" in name)
+            yield Case(
+                "bn_relu", label, _fused_bn(training), _plain_bn(training), tensors, statistics
+            )
+
+
+def _fused_bn(training: bool) -> Callable[..., Tensor]:
+    def fused(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        residual: Tensor | None = None,
+        *residual_bn: Tensor,
+    ) -> Tensor:
+        return ops.bn_relu(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            training,
+            MOMENTUM,
+            EPS,
+            residual,
+            _arguments(residual_bn, training) if residual_bn else None,
+        )
+
+    return fused
+
+
+def _arguments(tensors: tuple[Tensor, ...], training: bool) -> ops.BatchNormArgs:
+    weight, bias, mean, var = tensors
+    return ops.BatchNormArgs(weight, bias, mean, var, training, MOMENTUM, EPS)
+
+
+def _plain_bn(training: bool) -> Callable[..., Tensor]:
+    def plain(x: Tensor, *tensors: Tensor) -> Tensor:
+        total = _batch_norm(x, tensors[:4], training)
+        if len(tensors) == 4:
+            return total
+        residual, residual_bn = tensors[4], tensors[5:]
+        if residual_bn:
+            residual = _batch_norm(residual, residual_bn, training)
+        return total + residual
+
+    return plain
+
+
+def _batch_norm(x: Tensor, tensors: tuple[Tensor, ...], training: bool) -> Tensor:
+    weight, bias, mean, var = tensors
+    return F.batch_norm(x, mean, var, weight, bias, training, MOMENTUM, EPS)
+
+
+def _gradients(
+    out: Tensor, tensors: dict[str, Tensor], grad_out: Tensor, retain_graph: bool = False
+) -> dict[str, Tensor]:
+    wanted = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    grads = torch.autograd.grad(out, list(wanted.values()), grad_out, retain_graph=retain_graph)
+    return dict(zip(wanted, grads, strict=True))
+
+
+def _copies(case: Case) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in case.tensors.items()}
+
+
+def _label(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

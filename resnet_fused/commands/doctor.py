@@ -1,0 +1,307 @@
+"""What is installed, what is missing, what that costs and how to repair it.
+
+Always prints, whatever is broken; exits with 1 only if not even the slow path can compute.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from resnet_fused.commands import environment
+from resnet_fused.commands.console import attempt, table
+
+REINSTALL = "pip install --force-reinstall --no-deps resnet_fused"
+SOURCE = "pip install --no-build-isolation ."
+PACKAGES = ("triton", "numpy", "torchvision", "timm", "onnxruntime", "openvino")
+
+
+class Finding(NamedTuple):
+    """Something missing: what, what that costs, and the command that repairs it."""
+
+    missing: str
+    cost: str
+    repair: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    report = examine()
+    findings = diagnose(report)
+    report["findings"] = [finding._asdict() for finding in findings]
+    print(json.dumps(report, indent=2) if arguments.json else _text(report, findings))
+    return 0 if report["computes"].get("ok") else 1
+
+
+def examine() -> dict[str, Any]:
+    """Everything that doctor knows, as plain data; a failed probe leaves its reason instead."""
+    return {
+        "resnet_fused": environment.library_version(),
+        "folder": str(environment.PACKAGE),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "torch": _probed(_torch),
+        "packages": {name: environment.package_version(name) for name in PACKAGES},
+        "extension": _probed(_extension),
+        "cpu": _probed(_cpu),
+        "gpus": [gpu._asdict() for gpu in environment.gpus()],
+        "nvcc": environment.nvcc(),
+        "compiler": environment.compiler(),
+        "triton": _probed(_triton),
+        "backends": _probed(_backends),
+        "computes": _probed(_computes),
+    }
+
+
+def diagnose(report: dict[str, Any]) -> list[Finding]:
+    """What is missing, most costly first."""
+    torch_error = report["torch"]["error"]
+    if torch_error:
+        missing = torch_error == "ModuleNotFoundError: No module named 'torch'"
+        return [
+            Finding(
+                "PyTorch is not installed" if missing else f"PyTorch is broken ({torch_error})",
+                "nothing in this library can run",
+                "pip install 'torch>=2.11'" if missing else "pip install --force-reinstall torch",
+            )
+        ]
+    found = []
+    if not report["computes"].get("ok"):
+        found.append(
+            Finding(
+                f"the operators do not compute ({report['computes']['error']})",
+                "nothing in this library can run",
+                REINSTALL,
+            )
+        )
+    extension, gpus = report["extension"], report["gpus"]
+    if not extension.get("loaded"):
+        why = extension.get("reason") or extension["error"]
+        found.append(
+            Finding(
+                f"the compiled extension ({why})",
+                "results are the same, but fused layers run in plain PyTorch: no gain in speed",
+                f"{REINSTALL} (or {SOURCE} in the source tree, with g++ installed)",
+            )
+        )
+    found += _gpu_findings(report, gpus, extension)
+    if not report["compiler"]:
+        found.append(
+            Finding(
+                "a C++ compiler",
+                "no build from source, and torch.compile cannot be compared with on a CPU",
+                "apt-get install g++",
+            )
+        )
+    if not report["cpu"].get("onednn"):
+        found.append(
+            Finding(
+                "oneDNN in this PyTorch",
+                "fused convolutions on a CPU run as separate steps",
+                "pip install torch (the official wheels for x86 and ARM contain oneDNN)",
+            )
+        )
+    return found
+
+
+def _gpu_findings(
+    report: dict[str, Any], gpus: list[dict[str, str]], extension: dict[str, Any]
+) -> list[Finding]:
+    if not gpus:
+        return []
+    found = []
+    index = "--index-url https://download.pytorch.org/whl/cu130"
+    if not report["torch"].get("cuda_available"):
+        found.append(
+            Finding(
+                f"CUDA in PyTorch ({report['torch'].get('cuda_reason')})",
+                f"the {gpus[0]['name']} is not used",
+                f"pip install --force-reinstall torch {index}",
+            )
+        )
+    if extension.get("loaded") and not extension.get("cuda"):
+        found.append(
+            Finding(
+                "CUDA kernels in the extension (it was built for the CPU alone)",
+                f"on the {gpus[0]['name']} fused layers run in plain PyTorch",
+                f"CUDA_HOME=/usr/local/cuda RESNET_FUSED_BUILD=cuda {SOURCE}",
+            )
+        )
+    if report["triton"].get("error"):
+        found.append(
+            Finding(
+                f"Triton ({report['triton']['error']})",
+                "the Triton kernels are not available on the GPU",
+                "pip install triton",
+            )
+        )
+    return found
+
+
+def _probed(probe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    facts, error = attempt(probe)
+    return {**(facts or {}), "error": error}
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    available = torch.cuda.is_available()
+    return {
+        "version": torch.__version__,
+        "cuda_build": torch.version.cuda,
+        "cuda_available": available,
+        "cuda_reason": None if available else _cuda_reason(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _cuda_reason() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    return attempt(torch.cuda.init)[1] or "no device was found"
+
+
+def _extension() -> dict[str, Any]:
+    import torch
+
+    from resnet_fused import _extension
+
+    if not _extension.load():
+        return {"loaded": False, "reason": _extension.error()}
+    return {
+        "loaded": True,
+        "cuda": _extension.built_with_cuda(),
+        "archs": list(_extension.cuda_archs()),
+        "build": json.loads(torch.ops.resnet_fused_native.build_info()),
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    # The name does not need PyTorch, and is all that is left when PyTorch is broken.
+    facts: dict[str, Any] = {
+        "name": environment.cpu_name(),
+        "isa": environment.cpu_isa(),
+        "cores": environment.usable_cores(),
+    }
+    torch, error = attempt(lambda: __import__("torch"))
+    if torch is None:
+        return {**facts, "threads": None, "onednn": False, "reason": error}
+    return {
+        **facts,
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "onednn": torch.backends.mkldnn.is_available(),
+    }
+
+
+def _triton() -> dict[str, Any]:
+    import triton
+
+    return {"version": triton.__version__}
+
+
+def _backends() -> dict[str, Any]:
+    import torch
+
+    from resnet_fused import backends
+
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {
+        device: {operator: backends.available(operator, device) for operator in backends.OPERATORS}
+        for device in devices
+    }
+
+
+def _computes() -> dict[str, Any]:
+    import torch
+
+    from resnet_fused import backends, ops
+
+    x = torch.ones(1, 2, 3, 3)
+    one, zero = torch.ones(2), torch.zeros(2)
+    with torch.no_grad(), backends.backend("reference"):
+        results = {
+            "add_relu": (ops.add_relu(x, x), 2),
+            "bn_relu": (ops.bn_relu(x, one, one, zero, one, residual=x, eps=0.0), 3),
+            "conv_bn_relu": (ops.conv_bn_relu(x, torch.ones(2, 2, 1, 1), one, zero), 2),
+        }
+    wrong = [name for name, (out, value) in results.items() if not torch.equal(out, x * value)]
+    if wrong:
+        raise RuntimeError(f"wrong results from {', '.join(wrong)}")
+    return {"ok": True}
+
+
+def _text(report: dict[str, Any], findings: list[Finding]) -> str:
+    torch, cpu, extension = report["torch"], report["cpu"], report["extension"]
+    packages = ", ".join(f"{k} {v or '-'}" for k, v in report["packages"].items())
+    gpus = [f"{gpu['name']} ({gpu['memory']}), driver {gpu['driver']}" for gpu in report["gpus"]]
+    rows = [
+        ("resnet_fused", f"{report['resnet_fused']} in {report['folder']}"),
+        ("python", f"{report['python']} ({sys.executable})"),
+        ("system", report["system"]),
+        ("torch", _torch_text(torch)),
+        ("packages", packages),
+        ("extension", _extension_text(extension)),
+        ("cpu", _cpu_text(cpu)),
+        ("gpu", "; ".join(gpus) or "none (no NVIDIA driver answers)"),
+        ("nvcc", report["nvcc"] or "not found (only needed to build CUDA kernels)"),
+        ("compiler", report["compiler"] or "not found"),
+        ("triton", report["triton"].get("version") or report["triton"]["error"]),
+        ("computes", "yes" if report["computes"].get("ok") else report["computes"]["error"]),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {text}" for name, text in rows]
+    lines += ["", *_backend_lines(report["backends"]), ""]
+    if not findings:
+        return "\n".join([*lines, "Nothing is missing."])
+    for number, finding in enumerate(findings, 1):
+        lines += [
+            f"{number}. Missing: {finding.missing}",
+            f"   Cost:    {finding.cost}",
+            f"   Repair:  {finding.repair}",
+        ]
+    return "\n".join(lines)
+
+
+def _torch_text(torch: dict[str, Any]) -> str:
+    if torch["error"]:
+        return f"cannot be imported: {torch['error']}"
+    if torch["cuda_available"]:
+        return f"{torch['version']}, CUDA {torch['cuda_build']}: {', '.join(torch['devices'])}"
+    return f"{torch['version']}, no CUDA ({torch['cuda_reason']})"
+
+
+def _extension_text(extension: dict[str, Any]) -> str:
+    if not extension.get("loaded"):
+        return f"not loaded: {extension.get('reason') or extension['error']}"
+    build = extension["build"]
+    cuda = f"CUDA for {', '.join(extension['archs'])}" if extension["cuda"] else "no CUDA"
+    return f"loaded; {cuda}; CPU code path {build['isa']}; built by {build['compiler']}"
+
+
+def _cpu_text(cpu: dict[str, Any]) -> str:
+    if cpu["error"]:
+        return cpu["error"]
+    onednn = "with oneDNN" if cpu["onednn"] else "without oneDNN"
+    isa = " ".join(cpu["isa"]) or "no vector instruction set known"
+    return f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {isa}, {onednn}"
+
+
+def _backend_lines(backends: dict[str, Any]) -> list[str]:
+    if backends["error"]:
+        return [f"backends: cannot be listed: {backends['error']}"]
+    rows = [
+        (operator, device, ", ".join(names))
+        for device, operators in backends.items()
+        if device != "error"
+        for operator, names in operators.items()
+    ]
+    return [table(("operator", "device", "backends (first is used)"), rows)]
