@@ -1,0 +1,83 @@
+"""Is one model the same function as another: outputs, gradients, running statistics?"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Statistics and affine parameters away from 0 and 1, so that mixed-up ones are noticed."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if hasattr(module, "running_mean") and module.running_mean is not None:
+            module.running_mean.data.uniform_(-0.2, 0.2, generator=generator)
+            module.running_var.data.uniform_(0.5, 1.5, generator=generator)
+            if module.weight is not None:
+                module.weight.data.uniform_(0.5, 1.5, generator=generator)
+                module.bias.data.uniform_(-0.2, 0.2, generator=generator)
+    return model
+
+
+def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def step(model: nn.Module, x: Tensor, training: bool) -> dict[str, Tensor]:
+    """Outputs, gradients of inputs and parameters, and buffers after one step."""
+    model.train(training)
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    out = model(x)
+    out = out["out"] if isinstance(out, dict) and "out" in out else out
+    outputs = list(out.values()) if isinstance(out, dict) else [out]
+    seed = torch.Generator().manual_seed(1)
+    loss = sum((o * torch.randn(o.shape, generator=seed).to(o.dtype)).sum() for o in outputs)
+    loss.backward()
+    tensors = {f"out{i}": o.detach() for i, o in enumerate(outputs)} | {"grad_x": x.grad}
+    tensors |= {f"grad {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return tensors | {f"buffer {n}": b.clone() for n, b in model.named_buffers()}
+
+
+def assert_same_function(
+    eager: nn.Module,
+    convert: Callable[[nn.Module], nn.Module],
+    x: Tensor,
+    training: bool,
+    deep: bool = True,
+) -> None:
+    """`convert(eager)` does what `eager` does, in outputs, gradients and running statistics.
+
+    In float64 within 1e-9. In float32 its distance from float64 is at most twice that of eager, plus
+    a rounding. Distances are relative, in the 2-norm per tensor. deep: of the float32 results, only
+    the continuous ones are compared, not the gradients: in a deep network some value next to 0 is
+    rounded to the other side of a ReLU by one of the two, which then is a few percent off.
+    """
+    exact = step(copy.deepcopy(eager).double(), x.double(), training)
+    fused = step(convert(copy.deepcopy(eager).double()), x.double(), training)
+    assert exact.keys() == fused.keys()
+    for name, tensor in exact.items():
+        error = distance(fused[name], tensor)
+        assert error <= 1e-9, f"{name}: {error=:.2e} in float64"
+    plain = step(copy.deepcopy(eager), x.contiguous(memory_format=torch.channels_last), training)
+    fused = step(convert(copy.deepcopy(eager)), x, training)
+    for name, tensor in exact.items():
+        if deep and name.startswith("grad"):
+            continue
+        error, eager_error = distance(fused[name], tensor), distance(plain[name], tensor)
+        limit = 2.0 * eager_error + torch.finfo(torch.float32).eps
+        assert error <= limit, f"{name}: {error=:.2e} exceeds 2 x {eager_error=:.2e} in float32"
+
+
+def distance(actual: Tensor, exact: Tensor) -> float:
+    """|actual - exact| / |exact|; 0 where both are zero but for rounding.
+
+    Such are the gradients of biases in front of a batch norm in training.
+    """
+    assert actual.shape == exact.shape
+    norm = exact.double().norm()
+    if norm < 1e-9 and actual.double().norm() < 1e-3:
+        return 0.0
+    return float((actual.double() - exact.double()).norm() / norm)
