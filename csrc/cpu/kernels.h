@@ -13,6 +13,9 @@ struct Matrix {
   int64_t rows, width, begin, end;
 };
 
+// The most columns that kernels with sums (statistics, reduce) take at once.
+constexpr int64_t kMaxSumColumns = 2048;
+
 enum DType { kFloat32, kBFloat16, kFloat16, kFloat64, kDTypes };
 enum Residual { kNoResidual, kPlainResidual, kBatchNormResidual, kResiduals };
 // Where backward takes the sign of the ReLU's input from.

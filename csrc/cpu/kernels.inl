@@ -13,10 +13,8 @@ using Vec = typename Element<T>::Vec;
 template <class T>
 using Scalar = typename Element<T>::Scalar;
 
-// Rows taken together before the next columns, so that per-channel values are loaded once.
-constexpr int64_t kApplyRows = 4;
 // Rows summed in Scalar before their sums go on in double.
-constexpr int64_t kSumRows = 16;
+constexpr int64_t kSumRows = 32;
 
 // Calls body(row, rows, column, lanes) until every element was visited.
 template <class T, class Body>
@@ -29,10 +27,48 @@ RESNET_FUSED_INLINE void for_each_block(const Matrix& m, int64_t block_rows, con
   }
 }
 
-// A narrow matrix is walked down its columns with everything per-channel in registers.
+// A narrow matrix is walked down its columns with everything per-channel in registers. A wide one
+// is walked along its rows: several rows at once would keep more in registers, but memory that is
+// not read in order arrives at half the speed.
 template <class T>
-RESNET_FUSED_INLINE int64_t apply_rows(const Matrix& m) {
-  return m.end - m.begin <= 2 * kLanes<T> ? m.rows : kApplyRows;
+RESNET_FUSED_INLINE int64_t block_rows(const Matrix& m) {
+  return m.end - m.begin <= 2 * kLanes<T> ? m.rows : 1;
+}
+
+// Per-column sums of a few rows, close to the registers.
+template <class T>
+struct Sums {
+  alignas(64) Scalar<T> values[kMaxSumColumns];
+
+  __attribute__((always_inline)) void clear(int64_t columns) {
+    __builtin_memset(values, 0, columns * sizeof(Scalar<T>));
+  }
+  __attribute__((always_inline)) Vec<T> at(int64_t column) const { return load(values + column); }
+  // Lanes beyond the last column are added as well; they are never read.
+  __attribute__((always_inline)) void add(int64_t column, Vec<T> v) {
+    store(values + column, load(values + column) + v);
+  }
+};
+
+// Calls body(offset, matrix) for matrices of at most kSumRows rows, which follow each other.
+template <class Body>
+RESNET_FUSED_INLINE void for_each_group(const Matrix& m, const Body& body) {
+  for (int64_t row = 0; row < m.rows; row += kSumRows) {
+    const int64_t rows = m.rows - row < kSumRows ? m.rows - row : kSumRows;
+    body(row * m.width, Matrix{rows, m.width, m.begin, m.end});
+  }
+}
+
+template <class T, class Body>
+RESNET_FUSED_INLINE void for_each_column(const Matrix& m, const Body& body) {
+  for_each_block<T>(Matrix{1, 0, m.begin, m.end}, 1,
+                    [&](int64_t, int64_t, int64_t column, auto n) { body(column, n); });
+}
+
+template <class T>
+RESNET_FUSED_INLINE void add_columns(const Matrix& m, double* totals, const Sums<T>& sums) {
+  for_each_column<T>(
+      m, [&](int64_t column, auto n) { add(totals + column, sums.at(column - m.begin), n); });
 }
 
 template <class T, class N>
@@ -76,30 +112,50 @@ void add_relu_backward_kernel(const void* grad_out, const void* out, void* grad,
   });
 }
 
-// Differences from the first row of each block are summed, which loses nothing however large the
-// mean is; moving the sums to the common `shift` is exact enough in double.
+// Differences from the first row of each group are summed, which loses nothing however large the
+// mean is; moving the sums to the common `shift` is exact enough in double. Squares of bfloat16 are
+// short enough to be summed as they are: whatever 32 of them lose is small against their variance.
 template <class T>
 void statistics_kernel(const Matrix& m, const StatisticsArgs& args) {
+  constexpr bool kDifferences = !is_bfloat16<T>;
   const T* x = static_cast<const T*>(args.x);
-  for_each_block<T>(m, kSumRows, [&](int64_t row, int64_t rows, int64_t column, auto lanes) {
-    const T* p = x + row * m.width + column;
-    const Vec<T> first = load(p, lanes);
-    const Vec<T> shift = load_channels<T>(args.shift, column, lanes);
-    Vec<T> sum{}, squares{};
-    for (int64_t r = 1; r < rows; ++r) {
-      const Vec<T> d = load(p + r * m.width, lanes) - first;
-      sum += d;
-      squares += d * d;
+  Sums<T> sums, squares, firsts;
+  firsts.clear(m.end - m.begin);
+  for_each_group(m, [&](int64_t offset, const Matrix& group) {
+    sums.clear(m.end - m.begin);
+    squares.clear(m.end - m.begin);
+    if constexpr (kDifferences) {
+      for_each_column<T>(m, [&](int64_t column, auto n) {
+        store(firsts.values + column - m.begin, load(x + offset + column, n));
+      });
     }
-    const double n = static_cast<double>(rows);
-    for (int part = 0; part < kParts<Vec<T>>; ++part) {
-      const DoubleVec offset = to_double(first, part) - to_double(shift, part);
-      const DoubleVec sum_part = to_double(sum, part);
-      const DoubleVec squares_part = to_double(squares, part);
-      add_part(args.sum + column, sum_part + n * offset, part, lanes);
-      add_part(args.sum_squares + column, squares_part + offset * (2 * sum_part + n * offset), part,
-               lanes);
-    }
+    for_each_block<T>(group, block_rows<T>(group),
+                      [&](int64_t row, int64_t rows, int64_t column, auto n) {
+                        const Vec<T> first = firsts.at(column - m.begin);
+                        Vec<T> sum{}, square{};
+                        for (int64_t r = row; r < row + rows; ++r) {
+                          Vec<T> d = load(x + offset + r * m.width + column, n);
+                          if constexpr (kDifferences) d -= first;
+                          sum += d;
+                          square += d * d;
+                        }
+                        sums.add(column - m.begin, sum);
+                        squares.add(column - m.begin, square);
+                      });
+    const double rows = static_cast<double>(group.rows);
+    for_each_column<T>(m, [&](int64_t column, auto n) {
+      const Vec<T> shift = load_channels<T>(args.shift, column, n);
+      const Vec<T> first = firsts.at(column - m.begin);
+      const Vec<T> sum = sums.at(column - m.begin);
+      const Vec<T> square = squares.at(column - m.begin);
+      for (int part = 0; part < kParts<Vec<T>>; ++part) {
+        const DoubleVec move = to_double(first, part) - to_double(shift, part);
+        const DoubleVec part_sum = to_double(sum, part);
+        add_part(args.sum + column, part_sum + rows * move, part, n);
+        add_part(args.sum_squares + column,
+                 to_double(square, part) + move * (2 * part_sum + rows * move), part, n);
+      }
+    });
   });
 }
 
@@ -108,7 +164,7 @@ void apply_kernel(const Matrix& m, const ApplyArgs& args) {
   const T* x = static_cast<const T*>(args.x);
   const T* residual = static_cast<const T*>(args.residual);
   T* out = static_cast<T*>(args.out);
-  for_each_block<T>(m, apply_rows<T>(m), [&](int64_t row, int64_t rows, int64_t column, auto n) {
+  for_each_block<T>(m, block_rows<T>(m), [&](int64_t row, int64_t rows, int64_t column, auto n) {
     const auto bn = load_affine<T>(args.bn, column, n);
     LoadedAffine<T> residual_bn{};
     if constexpr (kResidual == kBatchNormResidual) {
@@ -141,28 +197,43 @@ void reduce_kernel(const Matrix& m, const ReduceArgs& args) {
   const T* x = static_cast<const T*>(args.x);
   const T* residual = static_cast<const T*>(args.residual);
   T* grad_residual = static_cast<T*>(args.grad_residual);
-  for_each_block<T>(m, kSumRows, [&](int64_t row, int64_t rows, int64_t column, auto n) {
-    const auto bn = load_affine<T>(args.bn, column, n);
-    Vec<T> residual_mean{};
+  Sums<T> sum_dy, sum_dy_x, sum_dy_residual;
+  for_each_group(m, [&](int64_t offset, const Matrix& group) {
+    sum_dy.clear(m.end - m.begin);
+    sum_dy_x.clear(m.end - m.begin);
+    if constexpr (kResidual == kBatchNormResidual) sum_dy_residual.clear(m.end - m.begin);
+    for_each_block<T>(group, block_rows<T>(group),
+                      [&](int64_t row, int64_t rows, int64_t column, auto n) {
+                        LoadedAffine<T> bn{};
+                        bn.mean = load_channels<T>(args.bn.mean, column, n);
+                        if constexpr (kMask == kMaskFromX) bn = load_affine<T>(args.bn, column, n);
+                        Vec<T> residual_mean{};
+                        if constexpr (kResidual == kBatchNormResidual) {
+                          residual_mean = load_channels<T>(args.residual_bn.mean, column, n);
+                        }
+                        Vec<T> dy_sum{}, dy_x_sum{}, dy_residual_sum{};
+                        for (int64_t r = row; r < row + rows; ++r) {
+                          const int64_t i = offset + r * m.width + column;
+                          const Vec<T> x_i = load(x + i, n);
+                          const Vec<T> dy = masked<T, kMask>(grad_out + i, out + i, x_i, bn, n);
+                          dy_sum += dy;
+                          dy_x_sum += dy * (x_i - bn.mean);
+                          if constexpr (kResidual == kPlainResidual)
+                            store(grad_residual + i, dy, n);
+                          if constexpr (kResidual == kBatchNormResidual) {
+                            dy_residual_sum += dy * (load(residual + i, n) - residual_mean);
+                          }
+                        }
+                        sum_dy.add(column - m.begin, dy_sum);
+                        sum_dy_x.add(column - m.begin, dy_x_sum);
+                        if constexpr (kResidual == kBatchNormResidual) {
+                          sum_dy_residual.add(column - m.begin, dy_residual_sum);
+                        }
+                      });
+    add_columns<T>(m, args.sum_dy, sum_dy);
+    add_columns<T>(m, args.sum_dy_x, sum_dy_x);
     if constexpr (kResidual == kBatchNormResidual) {
-      residual_mean = load_channels<T>(args.residual_bn.mean, column, n);
-    }
-    Vec<T> sum_dy{}, sum_dy_x{}, sum_dy_residual{};
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t i = (row + r) * m.width + column;
-      const Vec<T> x_i = load(x + i, n);
-      const Vec<T> dy = masked<T, kMask>(grad_out + i, out + i, x_i, bn, n);
-      sum_dy += dy;
-      sum_dy_x += dy * (x_i - bn.mean);
-      if constexpr (kResidual == kPlainResidual) store(grad_residual + i, dy, n);
-      if constexpr (kResidual == kBatchNormResidual) {
-        sum_dy_residual += dy * (load(residual + i, n) - residual_mean);
-      }
-    }
-    add(args.sum_dy + column, sum_dy, n);
-    add(args.sum_dy_x + column, sum_dy_x, n);
-    if constexpr (kResidual == kBatchNormResidual) {
-      add(args.sum_dy_residual + column, sum_dy_residual, n);
+      add_columns<T>(m, args.sum_dy_residual, sum_dy_residual);
     }
   });
 }
@@ -199,7 +270,7 @@ void gradients_kernel(const Matrix& m, const GradientArgs& args) {
   const T* residual = static_cast<const T*>(args.residual);
   T* grad_x = static_cast<T*>(args.grad_x);
   T* grad_residual = static_cast<T*>(args.grad_residual);
-  for_each_block<T>(m, apply_rows<T>(m), [&](int64_t row, int64_t rows, int64_t column, auto n) {
+  for_each_block<T>(m, block_rows<T>(m), [&](int64_t row, int64_t rows, int64_t column, auto n) {
     LoadedAffine<T> bn{};
     if constexpr (kMask == kMaskFromX) bn = load_affine<T>(args.bn, column, n);
     const auto projection = load_projection<T, kTraining>(args.bn, args.projection, column, n);

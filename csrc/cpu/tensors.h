@@ -126,9 +126,8 @@ struct Geometry {
   static constexpr int64_t kPlaneWidth = 16;
   // Wide enough that few rows end inside a register and loops are long.
   static constexpr int64_t kGoodWidth = 256;
-  // Sums of one tile of columns stay in the first-level cache.
-  static constexpr int64_t kTileWidth = 512;
-  static constexpr int64_t kChunkElements = 65536;
+  static constexpr int64_t kTileWidth = kMaxSumColumns;
+  static constexpr int64_t kChunkElements = 131072;
   static constexpr int64_t kMaxChunks = 64;
 
   int64_t batch, channels, plane;
@@ -149,7 +148,7 @@ struct Geometry {
       columns = width;
       const int64_t smallest = kChunkElements / std::min(width, kTileWidth);
       chunk = std::max(ceil_div(rows, kMaxChunks), smallest);
-      chunk = ceil_div(chunk, 16) * 16;
+      chunk = ceil_div(chunk, 32) * 32;
       chunks = std::max<int64_t>(1, ceil_div(rows, chunk));
     } else {
       width = kPlaneWidth;

@@ -46,6 +46,11 @@ struct Element<BFloat16> : Element<float> {
 template <class T>
 constexpr int kLanes = sizeof(typename Element<T>::Vec) / sizeof(typename Element<T>::Scalar);
 
+template <class T>
+constexpr bool is_bfloat16 = false;
+template <>
+constexpr bool is_bfloat16<BFloat16> = true;
+
 template <class To, class From>
 RESNET_FUSED_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
