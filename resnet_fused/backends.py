@@ -1,7 +1,7 @@
 """Which implementation of an operator runs: the user's wish, else a static rule.
 
-The choice is made on real tensors, below the dispatcher, so that tracing never sees it and switching
-a backend recompiles nothing.
+The choice is made on real tensors, below the dispatcher, so that tracing never sees it and
+switching a backend recompiles nothing.
 """
 
 import contextlib
@@ -53,8 +53,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, _Implementation]] = {
     "bn_relu_backward": _native("bn_relu_backward", "cpu") | _reference("bn_relu_backward"),
     "conv_bn_relu": _onednn("conv_bn_relu") | _reference("conv_bn_relu"),
     "conv_bn_relu_": _onednn("conv_bn_relu_") | _reference("conv_bn_relu_"),
-    "conv_bn_relu_backward": _onednn("conv_bn_relu_backward")
-    | _reference("conv_bn_relu_backward"),
+    "conv_bn_relu_backward": _onednn("conv_bn_relu_backward") | _reference("conv_bn_relu_backward"),
 }
 OPERATORS = tuple(_IMPLEMENTATIONS)
 
@@ -68,8 +67,9 @@ def backend(name: str) -> Iterator[None]:
 
     name: one of "reference", "cpu", "cuda", "triton", "cudnn". Raises ValueError on another name;
     an operator which that backend cannot run for the tensors at hand raises RuntimeError when
-    it is called. Takes precedence over the environment variable RESNET_FUSED_BACKEND. Holds for the
-    whole process, like the flags of `torch.backends`: autograd may run the backward in other threads.
+    it is called. Takes precedence over the environment variable RESNET_FUSED_BACKEND. Holds for
+    the whole process, like the flags of `torch.backends`: autograd may run the backward in other
+    threads.
     """
     global _wish
     previous, _wish = _wish, _checked(name, "backend")
@@ -100,8 +100,8 @@ def available(operator: str, device_type: str, dtype: torch.dtype = torch.float3
 def is_accelerated(operator: str, x: Tensor) -> bool:
     """Whether something faster than plain PyTorch runs `operator` on tensors like `x`.
 
-    True also where a backend was asked for: then that one runs, whatever its speed. Traced code asks
-    for the default: a wish that changes later must not need a recompilation.
+    True also where a backend was asked for: then that one runs, whatever its speed. Traced code
+    asks for the default: a wish that changes later must not need a recompilation.
     """
     if torch.compiler.is_compiling():
         return x.is_cpu and _EXTENSION_LOADED

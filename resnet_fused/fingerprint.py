@@ -12,10 +12,10 @@ _SAMPLES = 16
 class Snapshot:
     """Identity, version and a fingerprint of tensors at one moment.
 
-    The version counter sees every in-place edit that autograd sees. Edits through `.data` pass it by:
-    the fingerprint (address, dtype and 16 evenly spaced elements) sees those that touch the tensor
-    as a whole, such as copies and moving averages. Inference tensors have no version counter: all of
-    their elements are read.
+    The version counter sees every in-place edit that autograd sees. Edits through `.data` pass it
+    by: the fingerprint (address, dtype and 16 evenly spaced elements) sees those that touch the
+    tensor as a whole, such as copies and moving averages. Inference tensors have no version
+    counter: all of their elements are read.
     """
 
     __slots__ = ("_references", "_state")
@@ -23,7 +23,7 @@ class Snapshot:
     def __init__(
         self,
         tensors: Sequence[Tensor | None],
-        on_death: Callable[[object], None] | None = None,
+        on_death: Callable[[object], object] | None = None,
     ) -> None:
         self._references = tuple(None if t is None else weakref.ref(t, on_death) for t in tensors)
         self._state = _state(tensors)

@@ -30,9 +30,9 @@ def scale_shift(
 ) -> tuple[Tensor, Tensor]:
     """(scale, shift), (C,) each, with bn(y + conv_bias) == y * scale + shift.
 
-    float32, or float64 for float64 statistics. Differentiable in weight, bias and conv_bias. Without
-    gradients the same two tensors come back until one of the arguments changes, so that whatever is
-    made from them can be kept as well.
+    float32, or float64 for float64 statistics. Differentiable in weight, bias and conv_bias.
+    Without gradients the same two tensors come back until one of the arguments changes, so that
+    whatever is made from them can be kept as well.
     """
     tensors = (running_var, running_mean, weight, bias, conv_bias)
     differentiable = torch.is_grad_enabled() and any(

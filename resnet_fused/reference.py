@@ -17,7 +17,7 @@ _CHANNEL_DIMS = (0, 2, 3)
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
-    """dtype of means, inverse standard deviations and arithmetic for activations like `x`."""
+    """The dtype of means, inverse standard deviations and arithmetic for activations like `x`."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

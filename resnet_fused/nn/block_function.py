@@ -6,7 +6,7 @@ eager keeps as well, are recomputed from the convolutions' outputs, one pass eac
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -52,8 +52,8 @@ def residual_block(x: Tensor, branches: Sequence[Branch], shortcut: Branch | Non
     """relu(bn(conv(... relu(bn(conv(x))))) + shortcut(x)), with every gradient.
 
     x: (N, C, H, W), out: (N, K, P, Q). branches: the block's convolutions in order; shortcut: the
-    projection, None for the identity. x and the convolution weights have one dtype. Running statistics
-    are updated in place. Differentiable twice.
+    projection, None for the identity. x and the convolution weights have one dtype. Running
+    statistics are updated in place. Differentiable twice.
     """
     every = [*branches] if shortcut is None else [*branches, shortcut]
     plans = [_Plan(branch.geometry, *branch.bn[4:]) for branch in every]
@@ -175,10 +175,10 @@ def _differentiable_backward(
     grad_out: Tensor, x: Tensor, steps: list[_Step], has_shortcut: bool, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """The same gradients by autograd over operators that are differentiable twice."""
-    tensors = [x]
+    tensors: list[Tensor | None] = [x]
     for step in steps:
         tensors += (step.weight, step.bn_weight, step.bn_bias, None, None)
-    inputs = [t for t, wanted in zip(tensors, needed, strict=True) if wanted]
+    inputs = [t for t, wanted in zip(tensors, needed, strict=True) if wanted and t is not None]
     main = steps[:-1] if has_shortcut else steps
     z = x
     for step in main[:-1]:
@@ -205,9 +205,9 @@ def _recomputed_bn(step: _Step) -> BatchNormArgs:
 def _branches(plans: list[_Plan], tensors: Sequence[Tensor | None]) -> list[Branch]:
     branches = []
     for i, plan in enumerate(plans):
-        weight, *normalisation = tensors[_TENSORS * i : _TENSORS * (i + 1)]
-        bn = BatchNormArgs(*normalisation, plan.training, plan.momentum, plan.eps)
-        branches.append(Branch(weight, bn, plan.geometry))  # type: ignore[arg-type]
+        weight, bn_weight, bn_bias, mean, var = tensors[_TENSORS * i : _TENSORS * (i + 1)]
+        bn = BatchNormArgs(bn_weight, bn_bias, mean, var, plan.training, plan.momentum, plan.eps)
+        branches.append(Branch(cast(Tensor, weight), bn, plan.geometry))
     return branches
 
 

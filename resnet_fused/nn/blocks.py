@@ -6,6 +6,7 @@ caller runs its modules one by one.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def residual_forward(
     """The block of `pairs` around the shortcut `downsample`; None where that cannot be fused.
 
     relu(bn(conv(... relu(bn(conv(x))))) + downsample(x)) with every normalisation in the mode of
-    its own training flag. reuse_input: the caller gives x away, so its memory may become the output's.
+    its own training flag. reuse_input: the caller gives x away, its memory may become the output's.
     """
     if not (_applies(x) and all(is_pair(conv, bn) for conv, bn in pairs)):
         return None
@@ -90,7 +91,7 @@ def is_pair(conv: nn.Module, bn: nn.Module) -> bool:
 
 
 def as_pair(downsample: nn.Module | None) -> Pair | None:
-    """The convolution and the normalisation of a projection shortcut; None if it is anything else."""
+    """Convolution and normalisation of a projection shortcut; None if it is anything else."""
     if type(downsample) is not nn.Sequential or len(downsample) != 2 or has_hooks(downsample):
         return None
     conv, bn = downsample
@@ -109,7 +110,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def batch_norm_args(bn: BatchNorm) -> BatchNormArgs:
-    """The arguments with which `bn` normalises now; counts a batch in training, as its call does."""
+    """How `bn` normalises now. In training it counts a batch, as calling the module does."""
     if not isinstance(bn, nn.BatchNorm2d):
         return BatchNormArgs(bn.weight, bn.bias, bn.running_mean, bn.running_var, eps=bn.eps)
     momentum = 0.0 if bn.momentum is None else bn.momentum
@@ -128,7 +129,7 @@ def _applies(x: Tensor) -> bool:
     return (
         x.dim() == 4
         and backends.is_accelerated("bn_relu", x)
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch_module._has_any_global_hook()
     )
@@ -152,16 +153,14 @@ def _pair_forward(
         if residual is not None:
             residual = residual.to(y.dtype)  # as in `out += identity`
         return bn_relu(y, *batch_norm_args(bn), residual=residual, relu=relu)
-    scale, shift = scale_shift(
-        bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, conv.bias  # type: ignore[arg-type]
-    )
+    mean, var = cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var)
+    scale, shift = scale_shift(bn.weight, bn.bias, mean, var, bn.eps, conv.bias)
+    geometry = conv.stride, cast(tuple[int, int], conv.padding), conv.dilation, conv.groups
     if residual is not None and not torch.is_autocast_enabled(x.device.type):
         residual = residual.to(x.dtype)
-    function = folded_conv_bn_relu
     if reuse_residual and residual is not None and _may_overwrite(residual, x):
-        function = folded_conv_bn_relu_
-    arguments = (x, conv.weight, scale, shift, residual, relu)
-    return function(*arguments, conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+        return folded_conv_bn_relu_(x, conv.weight, scale, shift, residual, relu, *geometry)
+    return folded_conv_bn_relu(x, conv.weight, scale, shift, residual, relu, *geometry)
 
 
 def _may_overwrite(residual: Tensor, x: Tensor) -> bool:

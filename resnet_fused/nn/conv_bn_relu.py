@@ -11,9 +11,10 @@ from resnet_fused.nn import blocks
 class ConvBnReLU2d(nn.Module):
     """relu(bn(conv(x)) + residual), following `.train()` and `.eval()` at each call.
 
-    x: (N, in_channels, H, W); residual, out: (N, out_channels, P, Q). Arguments as in nn.Conv2d, without a
-    bias unless asked for; padding=None keeps the image size at stride 1 (odd kernels). norm_layer
-    makes the normalisation of a width. relu=False leaves the ReLU out, as projection shortcuts need.
+    x: (N, in_channels, H, W); residual, out: (N, out_channels, P, Q). Arguments as in nn.Conv2d,
+    without a bias unless asked for; padding=None keeps the image size at stride 1 (odd kernels).
+    norm_layer makes the normalisation of a width. relu=False leaves the ReLU out, as projection
+    shortcuts need.
     """
 
     def __init__(

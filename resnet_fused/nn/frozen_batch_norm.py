@@ -32,7 +32,7 @@ class FrozenBatchNorm2d(nn.Module):
         self, state_dict: dict[str, Tensor], prefix: str, *args: object
     ) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
         scale, shift = scale_shift(

@@ -15,6 +15,7 @@ class _ResidualBlock(nn.Module):
     """A block whose convolutions and normalisations are conv1, bn1, conv2, bn2, ..."""
 
     expansion: int
+    relu: nn.Module
     downsample: nn.Module | None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,16 +39,17 @@ class _ResidualBlock(nn.Module):
             out = self.relu(bn(conv(out)))
         out = last_bn(last_conv(out))
         out += identity
-        return self.relu(out)  # type: ignore[no-any-return]
+        return self.relu(out)
 
 
 class BasicBlock(_ResidualBlock):
     """Two 3x3 convolutions with batch normalisation, a shortcut and ReLU, fused.
 
-    Equivalent to torchvision.models.resnet.BasicBlock: same constructor, attributes, `state_dict` and
-    results. Follows `.train()` and `.eval()` of the block and of each normalisation at every call.
-    norm_layer makes the normalisation of a width; other than BatchNorm2d and FrozenBatchNorm2d it is
-    called as it is. Raises ValueError for groups, base_width or dilation other than 1, 64 and 1.
+    Equivalent to torchvision.models.resnet.BasicBlock: same constructor, attributes, `state_dict`
+    and results. Follows `.train()` and `.eval()` of the block and of each normalisation at every
+    call. norm_layer makes the normalisation of a width; other than BatchNorm2d and
+    FrozenBatchNorm2d it is called as it is. Raises ValueError for groups, base_width or dilation
+    other than 1, 64 and 1.
     """
 
     expansion = 1
@@ -87,10 +89,10 @@ class BasicBlock(_ResidualBlock):
 class Bottleneck(_ResidualBlock):
     """1x1, 3x3 and 1x1 convolutions with batch normalisation, a shortcut and ReLU, fused.
 
-    Equivalent to torchvision.models.resnet.Bottleneck: same constructor, attributes, `state_dict` and
-    results, with any groups, width and dilation. Follows `.train()` and `.eval()` of the block and
-    of each normalisation at every call. norm_layer makes the normalisation of a width; other than
-    BatchNorm2d and FrozenBatchNorm2d it is called as it is.
+    Equivalent to torchvision.models.resnet.Bottleneck: same constructor, attributes, `state_dict`
+    and results, with any groups, width and dilation. Follows `.train()` and `.eval()` of the block
+    and of each normalisation at every call. norm_layer makes the normalisation of a width; other
+    than BatchNorm2d and FrozenBatchNorm2d it is called as it is.
     """
 
     expansion = 4

@@ -14,11 +14,11 @@ from resnet_fused.ops._registration import call, define
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     """relu(x + residual) in one pass over memory.
 
-    x, residual, out: (N, C, H, W), same shape. Equivalent to torch.relu(x + residual): unequal dtypes
-    are promoted as in a sum. The output keeps the memory format of x. Differentiable twice.
-    Raises ValueError on unequal shapes or devices, TypeError on tensors that are not floating point.
+    x, residual, out: (N, C, H, W), same shape. Equivalent to torch.relu(x + residual): unequal
+    dtypes are promoted as in a sum. The output keeps the memory format of x. Differentiable twice.
+    Raises ValueError on unequal shapes or devices, TypeError on tensors not of floating point.
     """
-    return call(_add_relu, *_checks.promote("add_relu", x, residual))  # type: ignore[no-any-return]
+    return call(_add_relu, *_checks.promote("add_relu", x, residual))
 
 
 def _check(x: Tensor, residual: Tensor) -> None:
@@ -67,9 +67,7 @@ def _backward_fake(grad_out: Tensor, out: Tensor) -> Tensor:
     return torch.empty_like(out, memory_format=memory_format(out))
 
 
-_add_relu = define(
-    "add_relu(Tensor x, Tensor residual) -> Tensor", _kernel, _fake, _AddReLU.apply
-)
+_add_relu = define("add_relu(Tensor x, Tensor residual) -> Tensor", _kernel, _fake, _AddReLU.apply)
 _add_relu_backward = define(
     "add_relu_backward(Tensor grad_out, Tensor out) -> Tensor",
     _backward_kernel,

@@ -49,15 +49,15 @@ def bn_relu(
 ) -> Tensor:
     """relu(batch_norm(x) + residual): one pass for the statistics, one to apply.
 
-    x, residual, out: (N, C, H, W); weight, bias, running_mean, running_var: (C,) or None, float32 or
-    of the dtype of x. Equivalent to
-    relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps) + residual);
-    with `residual_bn` the residual is normalised by those arguments before the sum. In training the
-    running statistics are updated in place. The output keeps the memory format of x; unequal
-    dtypes of x and residual are promoted as in a sum. Differentiable twice.
+    x, residual, out: (N, C, H, W); weight, bias, running_mean, running_var: (C,) or None, float32
+    or of the dtype of x. Equivalent to relu(F.batch_norm(x, running_mean, running_var, weight,
+    bias, training, momentum, eps) + residual); with `residual_bn` the residual is normalised by
+    those arguments before the sum. In training the running statistics are updated in place. The
+    output keeps the memory format of x; unequal dtypes of x and residual are promoted as in a sum.
+    Differentiable twice.
 
-    Raises ValueError on mismatched shapes or devices, on missing running statistics in evaluation, and
-    in training on one value per channel; TypeError on tensors that are not floating point.
+    Raises ValueError on mismatched shapes or devices, on missing running statistics in evaluation,
+    and in training on one value per channel; TypeError on tensors not of floating point.
     """
     bn = BatchNormArgs(weight, bias, running_mean, running_var, training, momentum, eps)
     return bn_relu_with_statistics(x, bn, residual, residual_bn, relu)[0]
@@ -81,7 +81,7 @@ def bn_relu_with_statistics(
             raise ValueError("bn_relu: residual_bn must come with a residual, got residual=None")
     else:
         x, residual = _checks.promote("bn_relu", x, residual)
-    return call(  # type: ignore[no-any-return]
+    return call(
         *(_bn_relu, x, *bn, residual, residual_bn is not None),
         *(*(residual_bn or _NO_BATCH_NORM), relu),
     )
@@ -97,11 +97,11 @@ def bn_relu_apply(
 ) -> Tensor:
     """The output of `bn_relu` once more, from statistics that are known already.
 
-    x, out: (N, C, H, W); mean, invstd: (C,). Equivalent to relu((x - mean) * invstd * weight + bias).
-    A partner of backward passes that recompute instead of saving: it has no gradient of its own, and
-    raises RuntimeError where one is needed.
+    x, out: (N, C, H, W); mean, invstd: (C,). Equivalent to
+    relu((x - mean) * invstd * weight + bias). A partner of backward passes that recompute instead
+    of saving: it has no gradient of its own, and raises RuntimeError where one is needed.
     """
-    return call(_bn_relu_apply, x, weight, bias, mean, invstd, relu)  # type: ignore[no-any-return]
+    return call(_bn_relu_apply, x, weight, bias, mean, invstd, relu)
 
 
 def _check(name: str, x: Tensor, bn: BatchNormArgs) -> None:
@@ -188,12 +188,19 @@ class _BnReLU(torch.autograd.Function):
             return (None,) * 18
         x, out, weight, bias, residual, residual_weight, *statistics = ctx.saved_tensors
         grads = bn_relu_backward(
-            *(grad_out, x, out, weight, bias, *statistics[:2], ctx.training),
+            *(grad_out, x, out, weight, bias, statistics[0], statistics[1], ctx.training),
             *(ctx.has_residual, residual, ctx.has_residual_bn, residual_weight),
-            *(*statistics[2:], ctx.residual_training, ctx.relu),
+            *(statistics[2], statistics[3], ctx.residual_training, ctx.relu),
         )
         needed = ctx.needs_input_grad
-        positions = (0, 1, 2, 8, 10, 11)  # x, weight, bias, residual, residual_weight, residual_bias
+        positions = (
+            0,
+            1,
+            2,
+            8,
+            10,
+            11,
+        )  # x, weight, bias, residual, residual_weight, residual_bias
         result: list[Tensor | None] = [None] * 18
         for position, grad in zip(positions, grads, strict=True):
             result[position] = grad if needed[position] else None
@@ -225,7 +232,7 @@ def bn_relu_backward(
     `residual` is needed with residual_bn only. Returns (grad_x, grad_weight, grad_bias,
     grad_residual, grad_residual_weight, grad_residual_bias); what does not exist is empty.
     """
-    return call(  # type: ignore[no-any-return]
+    return call(
         _bn_relu_backward,
         *(grad_out, x, out, weight, bias, mean, invstd, training, has_residual, residual),
         *(residual_bn, residual_weight, residual_mean, residual_invstd, residual_training, relu),

@@ -27,11 +27,11 @@ def conv_bn_relu(
     """relu(conv2d(x, weight) * scale + shift + residual), for inference and for frozen BN.
 
     x: (N, C, H, W); weight: (K, C / groups, R, S); scale, shift: (K,); residual, out: (N, K, P, Q).
-    `resnet_fused.folding.scale_shift` makes scale and shift from a batch normalisation. Equivalent to
-    relu(F.conv2d(x, weight, None, stride, padding, dilation, groups) * scale + shift + residual) with
-    the arithmetic after the products in float32. weight may be wider than x (float32 beside
-    bfloat16); under autocast x and residual are cast as conv2d casts them. The output keeps the memory
-    format of x. Differentiable twice.
+    `resnet_fused.folding.scale_shift` makes scale and shift from a batch normalisation. Equivalent
+    to relu(F.conv2d(x, weight, None, stride, padding, dilation, groups) * scale + shift + residual)
+    with the arithmetic after the products in float32. weight may be wider than x (float32 beside
+    bfloat16); under autocast x and residual are cast as conv2d casts them. The output keeps the
+    memory format of x. Differentiable twice.
 
     Raises ValueError on mismatched shapes, channels or devices, on groups that do not divide the
     channels and on stride, padding or dilation out of range; TypeError on tensors that are not
@@ -39,9 +39,7 @@ def conv_bn_relu(
     """
     _checks.check_tensors("conv_bn_relu", x=x, weight=weight, scale=scale, shift=shift)
     geometry = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
-    return call(  # type: ignore[no-any-return]
-        _conv_bn_relu, x, weight, scale, shift, residual, relu, *geometry, groups
-    )
+    return call(_conv_bn_relu, x, weight, scale, shift, residual, relu, *geometry, groups)
 
 
 def conv_bn_relu_(
@@ -272,7 +270,14 @@ def _cast(
 ) -> tuple[Any, ...]:
     if x.dtype == torch.float64 or not x.is_floating_point():
         return (x, weight, scale, shift, residual, *rest)
-    return (x.to(dtype), weight, scale, shift, None if residual is None else residual.to(dtype), *rest)
+    return (
+        x.to(dtype),
+        weight,
+        scale,
+        shift,
+        None if residual is None else residual.to(dtype),
+        *rest,
+    )
 
 
 _SIGNATURE = (
