@@ -86,7 +86,7 @@ $(STAMPS)/tools: requirements-test.txt
 	@$(PY) $(HAS_TORCH) || { echo "VENV=$(VENV) has no torch:" \
 	  "install torch 2.11 or newer there, or leave VENV out to have .venv made"; exit 1; }
 	@echo "adding the test tools that $(NAMED) lacks"
-	@$(PIP) install $$($(RESOLVED) | sed -E '/^(#|torch)/d; s/^setuptools.*/&>=77/; s/==[^>]*//' | sort -u)
+	@$(PIP) install $$($(RESOLVED) | sed -E '/^(#|torch)/d; s/(;|==).*//; s/^setuptools$$/&>=77/' | sort -u)
 	@mkdir -p $(@D) && touch $@
 else
 $(STAMPS)/tools: requirements-test.txt

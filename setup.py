@@ -406,7 +406,8 @@ def main() -> None:
         # Only building needs the answer; sdist, metadata and clean go on without it.
         NativeBuild.problem = error
     config = NativeBuild.config
-    for note in config.notes:
+    # An installer runs this file for the metadata too, where the notes would appear once more.
+    for note in () if {"egg_info", "dist_info"} & set(sys.argv) else config.notes:
         print(f"resnet_fused: {note}", flush=True)
     has_native = bool(config.cxx) or NativeBuild.problem is not None
     extension = Extension("resnet_fused._C", sources(config), py_limited_api=True)

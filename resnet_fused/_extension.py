@@ -32,7 +32,7 @@ def load() -> bool:
 def error() -> str | None:
     """Why the extension is not loaded, in one clause; None when it is."""
     if not FILE.is_file():
-        return "this installation was built without it (install again with a C++ compiler in reach)"
+        return "this installation was built without it: install again with a C++ compiler in reach"
     version = torch.__version__
     if _release(version) < OLDEST_TORCH:
         return f"it needs torch 2.11 or newer, got {version}"
@@ -40,7 +40,7 @@ def error() -> str | None:
         torch.ops.load_library(str(FILE))
     except (OSError, RuntimeError, ImportError) as failure:
         reason = str(failure).replace(f"{FILE}: ", "")
-        return f"it does not load under torch {version}: {reason} (install resnet_fused again)"
+        return f"it does not load under torch {version}: {reason}; install resnet_fused again"
     return None
 
 

@@ -71,7 +71,7 @@ class TestLoading:
         assert not _extension.load()
         reason = str(_extension.error())
         assert reason.startswith(f"it does not load under torch {torch.__version__}: ")
-        assert reason.endswith("(install resnet_fused again)")
+        assert reason.endswith("; install resnet_fused again")
 
 
 @needs_extension
