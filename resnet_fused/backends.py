@@ -21,7 +21,7 @@ ENVIRONMENT_VARIABLE = "RESNET_FUSED_BACKEND"
 
 
 class _Implementation(NamedTuple):
-    function: Callable[..., Any]
+    resolve: Callable[[], Callable[..., Any]]  # called once, when first chosen
     unsupported: Callable[[str, torch.dtype], str | None]  # reason, or None where it can run
 
 
@@ -31,16 +31,18 @@ def _supports_everything(device_type: str, dtype: torch.dtype) -> str | None:
 
 def _native(operator: str, *backends: str) -> dict[str, _Implementation]:
     unsupported = {"cpu": native.unsupported_on_cpu, "cuda": native.unsupported_on_cuda}
-    launcher = native.launcher(operator)
-    return {name: _Implementation(launcher, unsupported[name]) for name in backends}
+    resolve = functools.partial(native.launcher, operator)
+    return {name: _Implementation(resolve, unsupported[name]) for name in backends}
 
 
 def _onednn(operator: str) -> dict[str, _Implementation]:
-    return {"cpu": _Implementation(getattr(onednn, operator), onednn.unsupported)}
+    return {"cpu": _Implementation(lambda: getattr(onednn, operator), onednn.unsupported)}
 
 
 def _reference(operator: str) -> dict[str, _Implementation]:
-    return {"reference": _Implementation(getattr(reference, operator), _supports_everything)}
+    return {
+        "reference": _Implementation(lambda: getattr(reference, operator), _supports_everything)
+    }
 
 
 # Per operator its implementations, in the order in which the static rule tries them.
@@ -85,7 +87,8 @@ def choose(operator: str, x: Tensor) -> Callable[..., Any]:
     Raises RuntimeError where the backend asked for by `backend` or RESNET_FUSED_BACKEND cannot run
     it, with the reason, and ValueError where RESNET_FUSED_BACKEND is not the name of a backend.
     """
-    return _choose(operator, x.device.type, x.dtype, _wish or _environment())
+    device_type = "cpu" if x.is_cpu else x.device.type
+    return _choose(operator, device_type, x.dtype, _wish or _environment())
 
 
 def available(operator: str, device_type: str, dtype: torch.dtype = torch.float32) -> list[str]:
@@ -132,11 +135,11 @@ def _choose(
                 f"{operator}: backend {wish!r} was asked for, but {reason}"
                 f" (available here: {', '.join(available(operator, device_type, dtype))})"
             )
-        return implementations[wish].function
+        return implementations[wish].resolve()
     name = available(operator, device_type, dtype)[0]
     if name == "reference" and device_type == "cpu" and not _extension.load():
         _warn_slow()
-    return implementations[name].function
+    return implementations[name].resolve()
 
 
 @functools.cache

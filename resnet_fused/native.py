@@ -1,4 +1,4 @@
-"""Launchers of the compiled extension: one per operator, resolved at the first call."""
+"""Launchers of the compiled extension, one per operator."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +11,12 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def launcher(operator: str) -> Callable[..., Any]:
-    """The extension's implementation of `operator`, for CPU and CUDA tensors."""
+    """The extension's implementation of `operator`, for CPU and CUDA tensors.
 
-    def call(*args: Any) -> Any:
-        overload = getattr(torch.ops.resnet_fused_native, operator).default
-        return overload(*args)
-
-    return call
+    Raises AttributeError where the extension is not loaded.
+    """
+    overload: Callable[..., Any] = getattr(torch.ops.resnet_fused_native, operator).default
+    return overload
 
 
 def unsupported_on_cpu(device_type: str, dtype: torch.dtype) -> str | None:

@@ -19,9 +19,6 @@ from resnet_fused.layout import memory_format, to_format
 
 _SHAPES_KEPT = 4  # packings of one weight; oneDNN's best layout depends on the shape of x
 
-_bn_relu = native.launcher("bn_relu")
-_add_relu_backward = native.launcher("add_relu_backward")
-
 # padding, stride, dilation, groups: the order of oneDNN's operators
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 
@@ -104,7 +101,7 @@ def conv_bn_relu_backward(
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad = grad_out if out is None else _add_relu_backward(grad_out, out)
+    grad = grad_out if out is None else native.launcher("add_relu_backward")(grad_out, out)
     return reference.conv_bn_relu_backward(
         grad, x, weight, scale, None, has_residual, stride, padding, dilation, groups
     )
@@ -167,5 +164,5 @@ def _convolution_then_affine(
     mean, var = torch.zeros_like(scale), torch.ones_like(scale)
     affine = (y, scale, shift, mean, var, False, 0.0, 0.0)
     no_residual_bn = (False, None, None, None, None, False, 0.0, 0.0)
-    out: Tensor = _bn_relu(*affine, residual, *no_residual_bn, relu)[0]
+    out: Tensor = native.launcher("bn_relu")(*affine, residual, *no_residual_bn, relu)[0]
     return out

@@ -26,7 +26,8 @@ def check_activation(operator: str, name: str, x: Tensor) -> None:
 
 def check_like(operator: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """`tensor` must have the shape, dtype and device of `like`."""
-    check_shape(operator, name, tensor, f"the shape of {like_name}", tuple(like.shape))
+    if tensor.shape != like.shape:
+        check_shape(operator, name, tensor, f"the shape of {like_name}", tuple(like.shape))
     if tensor.dtype != like.dtype:
         raise TypeError(
             f"{operator}: {name} must have the dtype of {like_name} {like.dtype},"
@@ -66,7 +67,8 @@ def check_per_channel(operator: str, name: str, vector: Tensor | None, x: Tensor
 
 def promote(operator: str, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the dtype that `x + residual` has."""
-    check_tensors(operator, x=x, residual=residual)
+    if not (isinstance(x, Tensor) and isinstance(residual, Tensor)):
+        check_tensors(operator, x=x, residual=residual)
     if x.dtype == residual.dtype:
         return x, residual
     dtype = torch.promote_types(x.dtype, residual.dtype)
