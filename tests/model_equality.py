@@ -1,7 +1,9 @@
 """Is one model the same function as another: outputs, gradients, running statistics?"""
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -50,23 +52,32 @@ def assert_same_function(
 ) -> None:
     """`convert(eager)` does what `eager` does, in outputs, gradients and running statistics.
 
-    In float64 within 1e-9. In float32 its distance from float64 is at most twice that of eager, plus
-    a rounding. Distances are relative, in the 2-norm per tensor. deep: of the float32 results, only
-    the continuous ones are compared, not the gradients: in a deep network some value next to 0 is
-    rounded to the other side of a ReLU by one of the two, which then is a few percent off.
+    In float64 within 1e-9. In float32 its distance from float64 is at most twice that of eager,
+    plus a rounding; of five inputs, the median counts, as a few elements may be rounded luckily.
+    Distances are relative, in the 2-norm per tensor. deep: one input, and no gradients in float32:
+    in a deep network some value next to 0 is rounded to the other side of a ReLU by one of the two,
+    which then is a few percent off.
     """
-    exact = step(copy.deepcopy(eager).double(), x.double(), training)
-    fused = step(convert(copy.deepcopy(eager).double()), x.double(), training)
-    assert exact.keys() == fused.keys()
-    for name, tensor in exact.items():
-        error = distance(fused[name], tensor)
-        assert error <= 1e-9, f"{name}: {error=:.2e} in float64"
-    plain = step(copy.deepcopy(eager), x.contiguous(memory_format=torch.channels_last), training)
-    fused = step(convert(copy.deepcopy(eager)), x, training)
-    for name, tensor in exact.items():
+    errors: dict[str, list[float]] = defaultdict(list)
+    eager_errors: dict[str, list[float]] = defaultdict(list)
+    for trial in range(1 if deep else 5):
+        x = x.roll(trial, -1)
+        exact = step(copy.deepcopy(eager).double(), x.double(), training)
+        fused = step(convert(copy.deepcopy(eager).double()), x.double(), training)
+        assert exact.keys() == fused.keys()
+        for name, tensor in exact.items():
+            error = distance(fused[name], tensor)
+            assert error <= 1e-9, f"{name}: {error=:.2e} in float64"
+        native = x.contiguous(memory_format=torch.channels_last)
+        plain = step(copy.deepcopy(eager), native, training)
+        fused = step(convert(copy.deepcopy(eager)), x, training)
+        for name, tensor in exact.items():
+            errors[name].append(distance(fused[name], tensor))
+            eager_errors[name].append(distance(plain[name], tensor))
+    for name in errors:
         if deep and name.startswith("grad"):
             continue
-        error, eager_error = distance(fused[name], tensor), distance(plain[name], tensor)
+        error, eager_error = median(errors[name]), median(eager_errors[name])
         limit = 2.0 * eager_error + torch.finfo(torch.float32).eps
         assert error <= limit, f"{name}: {error=:.2e} exceeds 2 x {eager_error=:.2e} in float32"
 

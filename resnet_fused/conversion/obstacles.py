@@ -26,8 +26,6 @@ def obstacle(
     module: nn.Module, roles: Roles, registrations: Registrations, path: str
 ) -> str | None:
     """Why the module must keep its own forward, in words; None if nothing stands against it."""
-    if "forward" in vars(module):
-        return "the instance has its own forward"
     for name in (*roles.convs, *roles.norms):
         child = module.get_submodule(name)
         reason = why_not_conv(child) if name in roles.convs else why_not_norm(child)

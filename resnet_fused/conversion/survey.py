@@ -56,6 +56,8 @@ def survey(model: nn.Module) -> list[Finding]:
 def _judge(path: str, module: nn.Module, is_block: bool, registrations: Registrations) -> Finding:
     if isinstance(module, torch.jit.ScriptModule):
         return Finding(path, module, None, "it is a TorchScript module", fused=False)
+    if "forward" in vars(module):
+        return Finding(path, module, None, "the instance has its own forward", fused=False)
     plan = plan_of(module)
     roles = native_roles(module) if plan is None else plan.roles
     is_fused = roles is not None

@@ -50,14 +50,14 @@ class FusedBlock(Fused):
     """The forward of a converted residual block."""
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        # Proven is the call with one tensor; any other is the original's business.
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        # Proven is the call with one tensor; any other, and symbolic tracing, is the original's.
+        if len(args) == 1 and not kwargs:
             return self.forward_reusing(args[0], reuse_input=False)
         return super().forward(*args, **kwargs)
 
-    def forward_reusing(self, x: Tensor, reuse_input: bool) -> object:
+    def forward_reusing(self, x: object, reuse_input: bool) -> object:
         """`forward`; with reuse_input the caller gives x away and its memory may be overwritten."""
-        if self._is_as_proven():
+        if isinstance(x, Tensor) and self._is_as_proven():
             roles = type(self).plan.roles
             pairs = [
                 (getattr(self, conv), getattr(self, norm))
@@ -74,7 +74,7 @@ class FusedNetwork(Fused):
     """The forward of a converted network: fused stem, channels_last inside."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._is_as_proven():
+        if isinstance(x, Tensor) and self._is_as_proven():
             return ResNet.forward(self, x)  # type: ignore[arg-type]
         return super().forward(x)
 
