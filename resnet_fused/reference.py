@@ -26,7 +26,8 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
 
 
 def add_relu_backward(grad_out: Tensor, out: Tensor) -> Tensor:
-    return grad_out.masked_fill(out <= 0, 0)
+    # Not masked_fill, which loses channels_last where H or W is 1.
+    return torch.where(out <= 0, 0, grad_out)
 
 
 def bn_relu(
@@ -103,7 +104,7 @@ def bn_relu_backward(
     grad = grad_out.to(mean.dtype)
     if relu:
         signed = _affine(x, weight, bias, mean, invstd) if out is None else out
-        grad = grad.masked_fill(signed <= 0, 0)
+        grad = torch.where(signed <= 0, 0, grad)
     grad_x, grad_weight, grad_bias = _bn_backward(grad, x, weight, mean, invstd, training)
     empty = mean.new_empty(0)
     grad_residual, grad_residual_weight, grad_residual_bias = empty.to(x.dtype), empty, empty
