@@ -15,6 +15,8 @@ using Scalar = typename Element<T>::Scalar;
 
 // Rows summed in Scalar before their sums go on in double.
 constexpr int64_t kSumRows = 32;
+// Rows whose mean is the first guess of a mean.
+constexpr int64_t kGuessRows = 8;
 
 // Calls body(row, rows, column, lanes) until every element was visited.
 template <class T, class Body>
@@ -44,7 +46,8 @@ struct Sums {
     __builtin_memset(values, 0, columns * sizeof(Scalar<T>));
   }
   __attribute__((always_inline)) Vec<T> at(int64_t column) const { return load(values + column); }
-  // Lanes beyond the last column are added as well; they are never read.
+  // Lanes beyond the last column are written as well; they are never read.
+  __attribute__((always_inline)) void set(int64_t column, Vec<T> v) { store(values + column, v); }
   __attribute__((always_inline)) void add(int64_t column, Vec<T> v) {
     store(values + column, load(values + column) + v);
   }
@@ -112,49 +115,55 @@ void add_relu_backward_kernel(const void* grad_out, const void* out, void* grad,
   });
 }
 
-// Differences from the first row of each group are summed, which loses nothing however large the
-// mean is; moving the sums to the common `shift` is exact enough in double. Squares of bfloat16 are
-// short enough to be summed as they are: whatever 32 of them lose is small against their variance.
+// Differences from a guess of the mean are summed, which loses nothing however large the mean is:
+// the mean of a few rows, then of each group for the next. Moving the sums to the common `shift` is
+// exact enough in double. A guess is short, so that float16 differences are exact. Squares of
+// bfloat16 are short enough to be summed as they are: whatever 32 of them lose is small against
+// their variance.
 template <class T>
 void statistics_kernel(const Matrix& m, const StatisticsArgs& args) {
   constexpr bool kDifferences = !is_bfloat16<T>;
   const T* x = static_cast<const T*>(args.x);
-  Sums<T> sums, squares, firsts;
-  firsts.clear(m.end - m.begin);
+  Sums<T> sums, squares, guesses;
+  guesses.clear(m.end - m.begin);
+  if constexpr (kDifferences) {
+    const int64_t rows = m.rows < kGuessRows ? m.rows : kGuessRows;
+    for_each_column<T>(m, [&](int64_t column, auto n) {
+      Vec<T> sum{};
+      for (int64_t r = 0; r < rows; ++r) sum += load(x + r * m.width + column, n);
+      guesses.set(column - m.begin, shorten(sum / static_cast<Scalar<T>>(rows)));
+    });
+  }
   for_each_group(m, [&](int64_t offset, const Matrix& group) {
     sums.clear(m.end - m.begin);
     squares.clear(m.end - m.begin);
-    if constexpr (kDifferences) {
-      for_each_column<T>(m, [&](int64_t column, auto n) {
-        store(firsts.values + column - m.begin, load(x + offset + column, n));
-      });
-    }
     for_each_block<T>(group, block_rows<T>(group),
                       [&](int64_t row, int64_t rows, int64_t column, auto n) {
-                        const Vec<T> first = firsts.at(column - m.begin);
+                        const Vec<T> guess = guesses.at(column - m.begin);
                         Vec<T> sum{}, square{};
                         for (int64_t r = row; r < row + rows; ++r) {
                           Vec<T> d = load(x + offset + r * m.width + column, n);
-                          if constexpr (kDifferences) d -= first;
+                          if constexpr (kDifferences) d -= guess;
                           sum += d;
                           square += d * d;
                         }
                         sums.add(column - m.begin, sum);
                         squares.add(column - m.begin, square);
                       });
-    const double rows = static_cast<double>(group.rows);
+    const Scalar<T> rows = static_cast<Scalar<T>>(group.rows);
     for_each_column<T>(m, [&](int64_t column, auto n) {
       const Vec<T> shift = load_channels<T>(args.shift, column, n);
-      const Vec<T> first = firsts.at(column - m.begin);
+      const Vec<T> guess = guesses.at(column - m.begin);
       const Vec<T> sum = sums.at(column - m.begin);
       const Vec<T> square = squares.at(column - m.begin);
       for (int part = 0; part < kParts<Vec<T>>; ++part) {
-        const DoubleVec move = to_double(first, part) - to_double(shift, part);
+        const DoubleVec move = to_double(guess, part) - to_double(shift, part);
         const DoubleVec part_sum = to_double(sum, part);
         add_part(args.sum + column, part_sum + rows * move, part, n);
         add_part(args.sum_squares + column,
                  to_double(square, part) + move * (2 * part_sum + rows * move), part, n);
       }
+      if constexpr (kDifferences) guesses.set(column - m.begin, shorten(guess + sum / rows));
     });
   });
 }

@@ -186,6 +186,12 @@ RESNET_FUSED_INLINE V relu(V v) {
   return v < 0 ? V{} : v;  // NaN stays
 }
 
+// v with its 12 leading bits; enough for a guess.
+RESNET_FUSED_INLINE FloatVec shorten(FloatVec v) {
+  return bit_cast<FloatVec>(bit_cast<BitsVec>(v) & 0xfffff000u);
+}
+RESNET_FUSED_INLINE DoubleVec shorten(DoubleVec v) { return v; }
+
 // A vector of Scalar as doubles, in kParts<Vec> registers.
 template <class V>
 constexpr int kParts = 2;
