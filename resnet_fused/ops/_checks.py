@@ -13,6 +13,8 @@ def check_tensors(operator: str, **arguments: object) -> None:
 
 def check_activation(operator: str, name: str, x: Tensor) -> None:
     """`x` must be a floating-point (N, C, H, W) tensor."""
+    if not isinstance(x, Tensor):  # the dispatcher lets None pass
+        check_tensors(operator, **{name: x})
     if x.dim() != 4:
         raise ValueError(
             f"{operator}: {name} must have 4 dimensions (N, C, H, W), got shape {tuple(x.shape)}"
@@ -26,6 +28,8 @@ def check_activation(operator: str, name: str, x: Tensor) -> None:
 
 def check_like(operator: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """`tensor` must have the shape, dtype and device of `like`."""
+    if not isinstance(tensor, Tensor):
+        check_tensors(operator, **{name: tensor})
     if tensor.shape != like.shape:
         check_shape(operator, name, tensor, f"the shape of {like_name}", tuple(like.shape))
     if tensor.dtype != like.dtype:

@@ -54,8 +54,13 @@ class _AddReLU(torch.autograd.Function):
         return grad, grad
 
 
-def _backward_kernel(grad_out: Tensor, out: Tensor) -> Tensor:
+def _check_backward(grad_out: Tensor, out: Tensor) -> None:
+    _checks.check_activation("add_relu_backward", "out", out)
     _checks.check_like("add_relu_backward", "grad_out", grad_out, "out", out)
+
+
+def _backward_kernel(grad_out: Tensor, out: Tensor) -> Tensor:
+    _check_backward(grad_out, out)
     format_ = memory_format(out)
     grad: Tensor = backends.choose("add_relu_backward", out)(
         grad_out.contiguous(memory_format=format_), out.contiguous(memory_format=format_)
@@ -64,6 +69,7 @@ def _backward_kernel(grad_out: Tensor, out: Tensor) -> Tensor:
 
 
 def _backward_fake(grad_out: Tensor, out: Tensor) -> Tensor:
+    _check_backward(grad_out, out)
     return torch.empty_like(out, memory_format=memory_format(out))
 
 
