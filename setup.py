@@ -95,6 +95,7 @@ def resolve_config(environ: dict[str, str]) -> BuildConfig:
         return BuildConfig(cxx, torch_dir, notes=(f"{error}; building for CPU only",))
     archs, notes = choose_archs(environ.get("TORCH_CUDA_ARCH_LIST", ""), nvcc_archs(cuda_home))
     notes += (f"building for CPU and CUDA {', '.join(archs)} with {cuda_home}/bin/nvcc",)
+    notes += toolkit_notes(nvcc_release(cuda_home), torch_cuda(torch_dir))
     return BuildConfig(cxx, torch_dir, cuda_home, archs, notes)
 
 
@@ -137,8 +138,8 @@ def find_torch() -> Path:
     if torch_dir is None:
         raise BuildConfigError(
             f"torch was not found in {sys.prefix}: install torch 2.11 or newer first (if it is "
-            "installed, add --no-build-isolation), or set RESNET_FUSED_BUILD=none to install pure "
-            "Python"
+            "installed, build without isolation: --no-build-isolation), or set "
+            "RESNET_FUSED_BUILD=none to install pure Python"
         )
     version = torch_version(torch_dir)
     if version_key(version) < OLDEST_TORCH:
@@ -215,6 +216,29 @@ def nvcc_archs(cuda_home: Path) -> frozenset[str]:
         check=False,
     )
     return frozenset(re.findall(r"sm_(\d+)", listing.stdout))
+
+
+def nvcc_release(cuda_home: Path) -> str:
+    text = subprocess.run(
+        [str(cuda_home / "bin/nvcc"), "--version"], capture_output=True, text=True, check=False
+    ).stdout
+    match = re.search(r"release ([\d.]+)", text)
+    return match.group(1) if match else ""
+
+
+def torch_cuda(torch_dir: Path) -> str:
+    """The CUDA release that torch was built with; "" for a CPU-only torch."""
+    match = re.search(
+        r"^cuda\b.*= '([\d.]+)'", (torch_dir / "version.py").read_text(), re.MULTILINE
+    )
+    return match.group(1) if match else ""
+
+
+def toolkit_notes(nvcc: str, torch: str) -> tuple[str, ...]:
+    """Says when a driver that is good enough for torch may be too old for these kernels."""
+    if not nvcc or not torch or int(nvcc.split(".")[0]) <= int(torch.split(".")[0]):
+        return ()
+    return (f"nvcc is {nvcc}, torch has CUDA {torch}: the kernels need a driver for CUDA {nvcc}",)
 
 
 def choose_archs(wanted: str, supported: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -114,6 +114,23 @@ def test_impossible_arch_list_is_an_error(build: ModuleType, wanted: str, messag
         build.choose_archs(wanted, SUPPORTED)
 
 
+@pytest.mark.parametrize(
+    ("nvcc", "torch", "count"), [("13.0", "12.8", 1), ("12.4", "13.0", 0), ("13.0", "", 0)]
+)
+def test_toolkit_newer_than_torchs_is_noted(
+    build: ModuleType, nvcc: str, torch: str, count: int
+) -> None:
+    assert len(build.toolkit_notes(nvcc, torch)) == count
+
+
+def test_cuda_release_of_torch(build: ModuleType, tmp_path: Path) -> None:
+    torch_dir = fake_torch(tmp_path, "2.11.0+cu130")
+    assert build.torch_cuda(torch_dir) == ""
+    with (torch_dir / "version.py").open("a") as file:
+        file.write("cuda: Optional[str] = '13.0'\n")
+    assert build.torch_cuda(torch_dir) == "13.0"
+
+
 def test_gencode_flags(build: ModuleType) -> None:
     assert build.gencode_flags(("9.0a", "10.0+PTX")) == [
         "-gencode=arch=compute_90a,code=sm_90a",
