@@ -19,6 +19,7 @@ endif
 
 BASE_PYTHON := $(or $(PYTHON),python3)
 PY ?= .venv/bin/python
+SCRIPTS = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 PIP = $(PY) -m pip --disable-pip-version-check -qq
 STAMPS := $(if $(NAMED),build/stamps/$(subst /,-,$(abspath $(PY))),.venv/stamps)
 CPP_FILES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.inl tests/emulator/*)
@@ -46,7 +47,7 @@ lint: $(STAMPS)/tools ## ruff, mypy, clang-format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m clang_format --dry-run -Werror $(CPP_FILES)
+	$(SCRIPTS)/clang-format --dry-run -Werror $(CPP_FILES)
 
 bench: $(STAMPS)/bench extension ## compare with eager, torch.compile, onnxruntime and OpenVINO
 	$(PY) benchmarks/bench_resnet.py --device cpu $(ARGS)
@@ -54,7 +55,7 @@ bench: $(STAMPS)/bench extension ## compare with eager, torch.compile, onnxrunti
 wheel: extension ## make the manylinux wheel in dist/ (CPU, and CUDA where nvcc is in reach)
 	rm -rf build/wheel build/lib* dist
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
-	PATH="$(dir $(abspath $(PY))):$$PATH" $(PY) -m auditwheel repair --wheel-dir dist \
+	PATH="$(SCRIPTS):$$PATH" $(PY) -m auditwheel repair --wheel-dir dist \
 	  --exclude 'libtorch*.so' --exclude 'libc10*.so' build/wheel/*.whl
 	$(PY) -m abi3audit --strict --summary dist/*.whl
 	@ls -l dist
