@@ -34,7 +34,6 @@ DEFAULT_PROVIDERS = "eager,eager_nchw,compile,onnxruntime,openvino,fused"
 
 def main() -> int:
     arguments = _parser().parse_args()
-    verify.checked_device(arguments.device)
     harness = Harness(arguments)
     for batch in map(int, arguments.batch):
         images = torch.randn(batch, 3, arguments.size, arguments.size)

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from resnet_fused.commands import environment
-from resnet_fused.commands.console import atomic_path, table
+from resnet_fused.commands import environment, verify
+from resnet_fused.commands.console import CommandError, atomic_path, table
 from resnet_fused.commands.numerics import Check
 from resnet_fused.commands.timing import Timing, interleave
 
@@ -81,7 +81,11 @@ class Harness:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
-        self.device = torch.device(arguments.device)
+        try:
+            self.device = verify.checked_device(arguments.device)
+        except CommandError as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(error.status) from error
         self.seconds: float = arguments.seconds
         self.out = Path(arguments.out) / slug(self.device)
         self.rows: list[Row] = []

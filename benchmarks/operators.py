@@ -27,7 +27,6 @@ def benchmark(
     memory when nothing fits into the caches, and the multiplications and additions.
     """
     arguments = _parser(description).parse_args()
-    verify.checked_device(arguments.device)
     harness = Harness(arguments)
     pair = networks.build_pair(arguments.model)
     shapes = layer_shapes(
@@ -35,7 +34,11 @@ def benchmark(
     )
     for name in arguments.dtype:
         dtype = verify.DTYPES[name]
-        chosen = (c for c in cases(shapes, dtype, harness.device) if c.operator == operator)
+        chosen = (
+            case
+            for case in cases(shapes, dtype, harness.device)
+            if case.operator == operator and arguments.match in case.label
+        )
         for number, case in enumerate(chosen):
             if number == arguments.limit:
                 break
@@ -113,5 +116,8 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--mode", type=comma_list, default="forward,backward")
     result.add_argument("--dtype", type=comma_list, default="float32,bfloat16")
     result.add_argument("--providers", type=comma_list, default="eager,compile,fused")
+    result.add_argument(
+        "--match", default="", help='only layers with this in their description, e.g. "training"'
+    )
     result.add_argument("--limit", type=int, help="stop after this many layers")
     return result

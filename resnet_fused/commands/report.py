@@ -64,7 +64,6 @@ def plot_training(run: Comparison, path: Path) -> None:
         gaps = [max(abs(a - b), 1e-8) for a, b in zip(values, run.eager_losses, strict=False)]
         distance.plot(gaps, color=colour, label=label)
     distance.axvspan(0, EARLY_STEPS - 1, color="#eeeeee", zorder=0)
-    distance.axhline(run.early_allowed, xmax=0.3, color="black", linewidth=0.8)
     distance.set(title="distance of loss from eager's", xlabel="step", yscale="log")
     for axes in (losses, accuracies, distance):
         axes.legend(fontsize=8)

@@ -180,9 +180,9 @@ def certificate_text(
 
 def worst(checks: Iterable[Check]) -> list[Check]:
     """Per operator or model, dtype and tensor the comparison that is closest to failing."""
-    found: dict[tuple[str, str, str], Check] = {}
+    found: dict[tuple[str, ...], Check] = {}
     for c in checks:
-        key = (c.subject, c.dtype, c.tensor)
+        key = (c.subject, c.dtype, c.tensor, c.norm)
         if key not in found or not c.ratio <= found[key].ratio:
             found[key] = c
     return list(found.values())
