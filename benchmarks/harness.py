@@ -130,7 +130,8 @@ class Harness:
         if self._copy_gb_per_s is None:
             source = torch.randn(128 * MIB // 4, device=self.device)
             target = torch.empty_like(source)
-            timing = interleave({"copy": lambda: target.copy_(source)}, 1.0, self.device)["copy"]
+            copy = {"copy": lambda: target.copy_(source)}
+            timing = interleave(copy, min(1.0, self.seconds), self.device)["copy"]
             self._copy_gb_per_s = 2 * source.nbytes / timing.median_ms / 1e6
         return self._copy_gb_per_s
 

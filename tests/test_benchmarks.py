@@ -4,12 +4,14 @@ Nothing here looks at how long anything took.
 """
 
 import csv
-import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
 
 from resnet_fused import _extension
 
@@ -20,17 +22,29 @@ import harness  # noqa: E402
 import plot  # noqa: E402
 
 
-def run(script: str, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A benchmark as its own process, with one thread, writing into `out`."""
-    threads = () if script == "plot.py" else ("--threads", "1", "--out", str(out))
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *threads, *arguments],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Done]]:
+    """Runs a script of benchmarks/ as `python benchmarks/...` does, in this process."""
+
+    def run_script(script: str, *arguments: str) -> Done:
+        shared = () if script == "plot.py" else ("--threads", "1", "--out", str(tmp_path))
+        monkeypatch.setattr(sys, "argv", [f"benchmarks/{script}", *shared, *arguments])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
+        status = stop.value.code
+        return Done(status if isinstance(status, int) else 1, *capfd.readouterr())
+
+    threads = torch.get_num_threads()
+    yield run_script
+    torch.set_num_threads(threads)
 
 
 def rows_of(out: Path, benchmark: str) -> list[dict[str, str]]:
@@ -45,13 +59,13 @@ def rows_of(out: Path, benchmark: str) -> list[dict[str, str]]:
     return rows
 
 
-OPERATOR = ("--model", "resnet20", "--size", "16", "--batch", "2", "--seconds", "0", "--limit", "2")
+OPERATOR = ("--model", "resnet20", "--size", "16", "--batch", "2", "--seconds", "0", "--limit", "1")
 
 
 @pytest.mark.parametrize("operator", ["add_relu", "bn_relu", "conv_bn_relu"])
-def test_operator_benchmark(operator: str, tmp_path: Path) -> None:
-    done = run(f"bench_{operator}.py", tmp_path, *OPERATOR, "--providers", "fused")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_operator_benchmark(operator: str, run: Callable[..., Done], tmp_path: Path) -> None:
+    done = run(f"bench_{operator}.py", *OPERATOR, "--providers", "fused")
+    assert done.status == 0, done.out + done.err
     rows = rows_of(tmp_path, operator)
     assert {row["provider"] for row in rows} == {"eager", "fused"}
     assert {row["mode"] for row in rows} == {"forward", "backward"}
@@ -60,12 +74,12 @@ def test_operator_benchmark(operator: str, tmp_path: Path) -> None:
     assert all(bool(row["tflop_per_s"]) == (operator == "conv_bn_relu") for row in rows)
 
 
-def test_resnet_benchmark(tmp_path: Path) -> None:
+def test_resnet_benchmark(run: Callable[..., Done], tmp_path: Path) -> None:
     done = run(
-        "bench_resnet.py", tmp_path, "--model", "resnet18", "--size", "32", "--batch", "1,2",
+        "bench_resnet.py", "--model", "resnet18", "--size", "32", "--batch", "1,2",
         "--seconds", "0", "--providers", "eager_nchw,onnxruntime,openvino,fused",
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.status == 0, done.out + done.err
     rows = rows_of(tmp_path, "resnet")
     timed = {(row["mode"], row["dtype"], row["batch"], row["provider"]) for row in rows}
     for dtype in ("float32", "bfloat16"):
@@ -73,21 +87,21 @@ def test_resnet_benchmark(tmp_path: Path) -> None:
         assert ("train", dtype, "2", "fused") in timed
         assert ("eval", dtype, "1", "eager_nchw") in timed
     for engine in ("onnxruntime", "openvino"):
-        assert ("eval", "float32", "1", engine) in timed or f"skipped {engine}: " in done.stderr
-    assert "skipped onnxruntime: " in done.stderr  # in bfloat16, which it does not have
+        assert ("eval", "float32", "1", engine) in timed or f"skipped {engine}: " in done.err
+    assert "skipped onnxruntime: " in done.err  # in bfloat16, which it does not have
     assert all(float(row["images_per_s"]) > 0 for row in rows)
 
 
-def test_overhead_benchmark(tmp_path: Path) -> None:
-    done = run("bench_overhead.py", tmp_path, "--seconds", "0")
+def test_overhead_benchmark(run: Callable[..., Done], tmp_path: Path) -> None:
+    done = run("bench_overhead.py", "--seconds", "0")
     if not _extension.load():
-        assert done.returncode == 1
-        assert "nothing to compare with" in done.stderr
+        assert done.status == 1
+        assert "nothing to compare with" in done.err
         return
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.status == 0, done.out + done.err
     rows = rows_of(tmp_path, "overhead")
     assert {row["subject"] for row in rows} == {"add_relu", "bn_relu", "conv_bn_relu"}
-    assert "us above the bare operator" in done.stdout
+    assert "us above the bare operator" in done.out
 
 
 @pytest.mark.parametrize(
@@ -98,11 +112,13 @@ def test_overhead_benchmark(tmp_path: Path) -> None:
         (("--device", "toaster"), "device 'toaster' cannot be used"),
     ],
 )
-def test_resnet_benchmark_refuses(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    done = run("bench_resnet.py", tmp_path, *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_resnet_benchmark_refuses(
+    arguments: tuple[str, ...], message: str, run: Callable[..., Done]
+) -> None:
+    done = run("bench_resnet.py", *arguments)
+    assert done.status == 2
+    assert message in done.err
+    assert "Traceback" not in done.err
 
 
 def test_wrong_results_are_not_timed(tmp_path: Path) -> None:
@@ -117,7 +133,9 @@ def test_wrong_results_are_not_timed(tmp_path: Path) -> None:
     assert not bench.rows
 
 
-def test_plot_reads_only_the_newest_run_of_each_comparison(tmp_path: Path) -> None:
+def test_plot_reads_only_the_newest_run_of_each_comparison(
+    run: Callable[..., Done], tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     keys = {"subject": "resnet50", "mode": "eval", "dtype": "float32", "batch": "8", "shape": "s"}
     rows = [
@@ -136,15 +154,15 @@ def test_plot_reads_only_the_newest_run_of_each_comparison(tmp_path: Path) -> No
         writer = csv.DictWriter(file, harness.Row._fields)
         writer.writeheader()
         writer.writerows({**row, "median_ms": "1"} for row in rows)
-    done = run("plot.py", tmp_path, str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    done = run("plot.py", str(tmp_path))
+    assert done.status == 0, done.err
     assert (tmp_path / "resnet.png").stat().st_size > 10_000
 
 
-def test_plot_without_results(tmp_path: Path) -> None:
-    done = run("plot.py", tmp_path, str(tmp_path))
-    assert done.returncode == 1
-    assert "nothing drawn" in done.stderr
+def test_plot_without_results(run: Callable[..., Done], tmp_path: Path) -> None:
+    done = run("plot.py", str(tmp_path))
+    assert done.status == 1
+    assert "nothing drawn" in done.err
 
 
 def test_rows_of_earlier_runs_are_kept(tmp_path: Path) -> None:
