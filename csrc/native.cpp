@@ -54,6 +54,9 @@ STABLE_TORCH_LIBRARY(resnet_fused_native, m) {
       "Tensor? residual_invstd, bool residual_training, bool relu) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual, "
       "Tensor grad_residual_weight, Tensor grad_residual_bias)");
+  m.def(
+      "residual_block(Tensor x, Tensor[] weights, Tensor[] shifts, int[] geometry, "
+      "bool has_projection, bool reuse_input) -> Tensor");
   m.def("fingerprint(Tensor[] tensors, int samples) -> int");
   m.def("build_info() -> str");
 }

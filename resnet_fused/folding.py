@@ -27,16 +27,17 @@ def scale_shift(
     running_var: Tensor,
     eps: float,
     conv_bias: Tensor | None = None,
+    conv_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(scale, shift), (C,) each, with bn(y + conv_bias) == y * scale + shift.
 
     float32, or float64 for float64 statistics. Differentiable in weight, bias and conv_bias.
-    Without gradients the same two tensors come back until one of the arguments changes, so that
-    whatever is made from them can be kept as well.
+    Without gradients the same two tensors come back until one of the arguments changes (conv_weight
+    is only watched), so that whatever is made from them can be kept as long.
     """
-    tensors = (running_var, running_mean, weight, bias, conv_bias)
+    tensors = (running_var, running_mean, weight, bias, conv_bias, conv_weight)
     differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in tensors
+        t is not None and t.requires_grad for t in tensors[:-1]
     )
     if differentiable or torch.compiler.is_compiling() or not _cacheable(running_var):
         return _fold(weight, bias, running_mean, running_var, eps, conv_bias)
@@ -46,7 +47,7 @@ def scale_shift(
         return entry.scale, entry.shift
     with torch.inference_mode(False), torch.no_grad():
         scale, shift = _fold(weight, bias, running_mean, running_var, eps, conv_bias)
-    snapshot = Snapshot(tensors, on_death=lambda _: _folded.pop(key, None))
+    snapshot = Snapshot(tensors, sampled=True, on_death=lambda _: _folded.pop(key, None))
     _folded[key] = _Folded(eps, snapshot, scale, shift)
     return scale, shift
 

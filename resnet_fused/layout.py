@@ -1,5 +1,7 @@
 """Memory format of activations: one rule, shared by fake kernels and every backend."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,21 @@ def memory_format(x: Tensor) -> torch.memory_format:
     (slices, expanded tensors, other permutations) gives channels_last, the library's native format.
     """
     return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
+def convolution_shape(
+    x: Sequence[int],
+    weight: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, ...]:
+    """(N, K, P, Q): the shape of a convolution's output for the shapes of x and weight."""
+    extent = [
+        (x[2 + i] + 2 * padding[i] - dilation[i] * (weight[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    ]
+    return (x[0], weight[0], *extent)
 
 
 def to_format(tensor: Tensor | None, memory_format: torch.memory_format) -> Tensor | None:

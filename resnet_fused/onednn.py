@@ -7,7 +7,7 @@ graphs) are never worth packing and take one plain convolution and one fused aff
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +15,43 @@ from torch.nn import functional as F
 
 from resnet_fused import native, reference
 from resnet_fused.fingerprint import Snapshot
-from resnet_fused.layout import memory_format, to_format
+from resnet_fused.layout import convolution_shape, memory_format, to_format
 
-_SHAPES_KEPT = 4  # packings of one weight; oneDNN's best layout depends on the shape of x
+SHAPES_KEPT = 4  # packings of one weight; oneDNN's best layout depends on the shape of x
 
 # padding, stride, dilation, groups: the order of oneDNN's operators
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+
+
+class Convolution(NamedTuple):
+    """A convolution and the folded normalisation of its output."""
+
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    geometry: Geometry
+
+
+class PackedBlock(NamedTuple):
+    """The convolutions of a residual block as the native `residual_block` takes them."""
+
+    weights: list[Tensor]
+    shifts: list[Tensor]
+    geometry: list[int]
+    has_projection: bool
+
+
+class _Packed(NamedTuple):
+    weight: Tensor
+    shift: Tensor
 
 
 class _Weights:
     """One folded weight, packed per shape of x."""
 
     def __init__(self, key: int, tensors: tuple[Tensor, Tensor, Tensor]) -> None:
-        self.snapshot = Snapshot(tensors, on_death=lambda _: _weights.pop(key, None))
-        self.packed: dict[Any, tuple[Tensor, Tensor]] = {}
+        self.snapshot = Snapshot(tensors, sampled=False, on_death=lambda _: _weights.pop(key, None))
+        self.packed: dict[Any, _Packed] = {}
 
 
 _weights: dict[int, _Weights] = {}  # by id of the weight
@@ -61,7 +84,8 @@ def conv_bn_relu(
         )
     else:
         out = torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, *packed, *geometry, "add", 1.0, "relu" if relu else None, [], None
+            *(x, residual, *packed, *geometry),
+            *("add", 1.0, "relu" if relu else None, [], None),
         )
     return out.contiguous(memory_format=memory_format(x))
 
@@ -85,7 +109,8 @@ def conv_bn_relu_(
         residual.copy_(y)
     else:
         torch.ops.mkldnn._convolution_pointwise_.binary(
-            residual, x, *packed, *geometry, "add", 1.0, "relu" if relu else None, [], None
+            *(residual, x, *packed, *geometry),
+            *("add", 1.0, "relu" if relu else None, [], None),
         )
 
 
@@ -107,11 +132,50 @@ def conv_bn_relu_backward(
     )
 
 
+def runs(dtype: torch.dtype, elements: int) -> bool:
+    """Whether oneDNN convolves tensors of this dtype and number of elements on this CPU."""
+    if not torch.backends.mkldnn.enabled or elements == 0:
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
+
+
+def pack_block(x: Tensor, convolutions: Sequence[Convolution], has_projection: bool) -> PackedBlock:
+    """Pack a residual block for inputs like x. convolutions: in order, the projection last."""
+    shape = projected = tuple(x.shape)
+    packed = []
+    for index, convolution in enumerate(convolutions):
+        padding, stride, dilation, _ = convolution.geometry
+        is_projection = has_projection and index == len(convolutions) - 1
+        packed.append(_pack(projected if is_projection else shape, x.dtype, convolution))
+        shape = convolution_shape(shape, convolution.weight.shape, stride, padding, dilation)
+    geometry = [
+        number
+        for padding, stride, dilation, groups in (c.geometry for c in convolutions)
+        for number in (*padding, *stride, *dilation, groups)
+    ]
+    return PackedBlock(
+        [p.weight for p in packed], [p.shift for p in packed], geometry, has_projection
+    )
+
+
+def residual_block(x: Tensor, packed: PackedBlock, reuse_input: bool) -> Tensor:
+    """A residual block in inference. x: (N, C, H, W), channels_last, of the shape packed for.
+
+    reuse_input: x may be overwritten with the output.
+    """
+    out: Tensor = native.launcher("residual_block")(x, *packed, reuse_input)
+    return out
+
+
 def _packed(
     x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, geometry: Geometry
-) -> tuple[Tensor, Tensor] | None:
-    """(weight, shift) as oneDNN wants them for x, or None where it cannot run or should not yet."""
-    if not _runs_in_onednn(x):
+) -> _Packed | None:
+    """Weight and shift as oneDNN wants them for x; None where it cannot run, or should not yet."""
+    if not runs(x.dtype, x.numel()):
         return None
     tensors = (weight, scale, shift)
     key = id(weight)
@@ -122,30 +186,20 @@ def _packed(
     use = (x.shape, x.dtype, geometry)
     packed = weights.packed.get(use)
     if packed is None:
-        if len(weights.packed) == _SHAPES_KEPT:
+        if len(weights.packed) == SHAPES_KEPT:
             del weights.packed[next(iter(weights.packed))]
-        packed = weights.packed[use] = _pack(x, weight, scale, shift, geometry)
+        convolution = Convolution(weight, scale, shift, geometry)
+        packed = weights.packed[use] = _pack(x.shape, x.dtype, convolution)
     return packed
 
 
-def _runs_in_onednn(x: Tensor) -> bool:
-    if not torch.backends.mkldnn.enabled or x.numel() == 0:
-        return False
-    if x.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if x.dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return x.dtype == torch.float32
-
-
-def _pack(
-    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, geometry: Geometry
-) -> tuple[Tensor, Tensor]:
+def _pack(x_shape: Sequence[int], dtype: torch.dtype, convolution: Convolution) -> _Packed:
+    weight, scale, shift, geometry = convolution
     with torch.inference_mode(False), torch.no_grad():
         folded = weight.float() * scale.float().view(-1, 1, 1, 1)
-        folded = folded.to(x.dtype).contiguous(memory_format=torch.channels_last)
-        packed = torch.ops.mkldnn._reorder_convolution_weight(folded, *geometry, list(x.shape))
-        return packed, shift.float()
+        folded = folded.to(dtype).contiguous(memory_format=torch.channels_last)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(folded, *geometry, list(x_shape))
+        return _Packed(packed, shift.to(dtype))
 
 
 def _convolution_then_affine(

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from resnet_fused.conversion.roles import Roles
 from resnet_fused.models import ResNet
-from resnet_fused.nn import BasicBlock, Bottleneck
-from resnet_fused.nn.blocks import has_hooks, residual_forward
+from resnet_fused.models.stages import planned_forwards
+from resnet_fused.nn import BasicBlock, Bottleneck, inference_plan
+from resnet_fused.nn.blocks import residual_forward
+from resnet_fused.nn.pairs import has_hooks
 
 
 class Plan(NamedTuple):
@@ -51,23 +53,25 @@ class FusedBlock(Fused):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         # Proven is the call with one tensor; any other, and symbolic tracing, is the original's.
-        if len(args) == 1 and not kwargs:
-            return self.forward_reusing(args[0], reuse_input=False)
-        return super().forward(*args, **kwargs)
-
-    def forward_reusing(self, x: object, reuse_input: bool) -> object:
-        """`forward`; with reuse_input the caller gives x away and its memory may be overwritten."""
-        if isinstance(x, Tensor) and self._is_as_proven():
-            roles = type(self).plan.roles
-            pairs = [
-                (getattr(self, conv), getattr(self, norm))
-                for conv, norm in zip(roles.convs, roles.norms, strict=True)
-            ]
-            shortcut = None if roles.shortcut is None else getattr(self, roles.shortcut)
-            out = residual_forward(x, pairs, shortcut, reuse_input)
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            out = inference_plan.run(self, args[0], reuse_input=False)
+            if out is None and self._is_as_proven():
+                out = self._forward_fused(args[0])
             if out is not None:
                 return out
-        return super().forward(x)
+        return super().forward(*args, **kwargs)
+
+    def _forward_fused(self, x: Tensor) -> Tensor | None:
+        roles = type(self).plan.roles
+        pairs = [
+            (getattr(self, conv), getattr(self, norm))
+            for conv, norm in zip(roles.convs, roles.norms, strict=True)
+        ]
+        shortcut = None if roles.shortcut is None else getattr(self, roles.shortcut)
+        return residual_forward(x, pairs, shortcut, owner=self)
+
+
+planned_forwards.add(FusedBlock.forward)
 
 
 class FusedNetwork(Fused):

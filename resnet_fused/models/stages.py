@@ -1,9 +1,13 @@
 """The parts that the models share around their blocks."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.nn.blocks import conv_bn_relu, has_hooks
+from resnet_fused.nn import BasicBlock, Bottleneck, inference_plan
+from resnet_fused.nn.blocks import conv_bn_relu
+from resnet_fused.nn.pairs import has_hooks
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -20,23 +24,20 @@ def run_stem(x: Tensor, conv: nn.Module, bn: nn.Module, relu: nn.Module) -> Tens
 
 
 def run_stage(x: Tensor, stage: nn.Module) -> Tensor:
-    """stage(x), where a block may overwrite the output of the block before it in inference.
+    """stage(x), where a block in inference may overwrite the output of the block before it.
 
-    Only between two blocks of this library with no hooks anywhere inside: nobody else has seen the
-    tensor between them then.
+    Only an output that came straight from a plan: then no hook and no other module has seen it.
     """
-    if (
-        type(stage) is not nn.Sequential
-        or has_hooks(stage)
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-    ):
+    if type(stage) is not nn.Sequential or has_hooks(stage) or torch.is_grad_enabled():
         return stage(x)
     is_ours_alone = False
     for block in stage:
-        reusing = getattr(block, "forward_reusing", None)
-        if reusing is None or any(has_hooks(module) for module in block.modules()):
-            x, is_ours_alone = block(x), False
-        else:
-            x, is_ours_alone = reusing(x, reuse_input=is_ours_alone), True
+        out = None
+        if type(block).forward in planned_forwards and not has_hooks(block):
+            out = inference_plan.run(block, x, reuse_input=is_ours_alone)
+        x, is_ours_alone = (block(x), False) if out is None else (out, True)
     return x
+
+
+# Forwards that compute what the inference plan of their block computes, where it has one.
+planned_forwards: set[Callable[..., object]] = {BasicBlock.forward, Bottleneck.forward}

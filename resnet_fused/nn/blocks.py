@@ -10,18 +10,22 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from resnet_fused import backends
-from resnet_fused.folding import scale_shift
 from resnet_fused.nn.block_function import Branch, Geometry, residual_block
-from resnet_fused.nn.frozen_batch_norm import FrozenBatchNorm2d, is_frozen_batch_norm
+from resnet_fused.nn.inference_plan import make_plan
+from resnet_fused.nn.pairs import (
+    BatchNorm,
+    Pair,
+    as_pair,
+    calls_are_plain,
+    fold,
+    is_pair,
+    uses_batch,
+)
 from resnet_fused.ops.bn_relu import BatchNormArgs, bn_relu
 from resnet_fused.ops.conv_bn_relu import conv_bn_relu as folded_conv_bn_relu
 from resnet_fused.ops.conv_bn_relu import conv_bn_relu_ as folded_conv_bn_relu_
-
-BatchNorm = nn.BatchNorm2d | FrozenBatchNorm2d
-Pair = tuple[nn.Conv2d, BatchNorm]  # a convolution and the normalisation of its output
 
 
 def conv_bn_relu(
@@ -46,20 +50,24 @@ def residual_forward(
     pairs: Sequence[tuple[nn.Module, nn.Module]],
     downsample: nn.Module | None,
     reuse_input: bool = False,
+    owner: nn.Module | None = None,
 ) -> Tensor | None:
     """The block of `pairs` around the shortcut `downsample`; None where that cannot be fused.
 
     relu(bn(conv(... relu(bn(conv(x))))) + downsample(x)) with every normalisation in the mode of
     its own training flag. reuse_input: the caller gives x away, its memory may become the output's.
+    owner: the block, which calls `inference_plan.run` first to use what is kept for it here.
     """
     if not (_applies(x) and all(is_pair(conv, bn) for conv, bn in pairs)):
         return None
     projection = as_pair(downsample)
     every: list[Pair] = [*pairs, projection] if projection is not None else [*pairs]  # type: ignore[list-item]
     if downsample is None or projection is not None:
-        trained = torch.is_grad_enabled() and any(_uses_batch(bn) for _, bn in every)
+        trained = torch.is_grad_enabled() and any(uses_batch(bn) for _, bn in every)
         if trained and not torch.compiler.is_compiling() and _is_one_node(x, every):
             return _trained_forward(x, every, projection is not None)
+        if owner is not None:
+            make_plan(owner, x, every, projection is not None)
     *first, last = every if projection is None else every[:-1]
     z = x
     for pair in first:
@@ -68,7 +76,7 @@ def residual_forward(
         return _pair_forward(z, last, x, reuse_residual=reuse_input)
     if projection is None:
         return _pair_forward(z, last, downsample(x))
-    if _uses_batch(last[1]) or _uses_batch(projection[1]):
+    if uses_batch(last[1]) or uses_batch(projection[1]):
         y, y_shortcut = _convolve(z, last[0]), _convolve(x, projection[0])
         return bn_relu(
             *(y, *batch_norm_args(last[1])),
@@ -77,36 +85,6 @@ def residual_forward(
         )
     shortcut = _pair_forward(x, projection, relu=False)
     return _pair_forward(z, last, shortcut, reuse_residual=True)
-
-
-def is_pair(conv: nn.Module, bn: nn.Module) -> bool:
-    """Whether the two are a plain Conv2d and a BatchNorm2d or frozen BN that nobody listens to."""
-    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros":
-        return False
-    if isinstance(conv.padding, str) or not (
-        type(bn) is nn.BatchNorm2d or is_frozen_batch_norm(bn)
-    ):
-        return False
-    return not (has_hooks(conv) or has_hooks(bn))
-
-
-def as_pair(downsample: nn.Module | None) -> Pair | None:
-    """Convolution and normalisation of a projection shortcut; None if it is anything else."""
-    if type(downsample) is not nn.Sequential or len(downsample) != 2 or has_hooks(downsample):
-        return None
-    conv, bn = downsample
-    return (conv, bn) if is_pair(conv, bn) else None  # type: ignore[return-value]
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling `module` does more than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def batch_norm_args(bn: BatchNorm) -> BatchNormArgs:
@@ -121,23 +99,12 @@ def batch_norm_args(bn: BatchNorm) -> BatchNormArgs:
     running = (bn.running_mean, bn.running_var)
     if bn.training and not bn.track_running_stats:
         running = (None, None)
-    return BatchNormArgs(bn.weight, bn.bias, *running, _uses_batch(bn), momentum, bn.eps)
+    return BatchNormArgs(bn.weight, bn.bias, *running, uses_batch(bn), momentum, bn.eps)
 
 
 def _applies(x: Tensor) -> bool:
     """Whether fused operators are exact and worth calling for x, here and now."""
-    return (
-        x.dim() == 4
-        and backends.is_accelerated("bn_relu", x)
-        and torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch_module._has_any_global_hook()
-    )
-
-
-def _uses_batch(bn: BatchNorm) -> bool:
-    """Whether `bn` normalises by the statistics of the batch."""
-    return isinstance(bn, nn.BatchNorm2d) and (bn.training or bn.running_mean is None)
+    return x.dim() == 4 and backends.is_accelerated("bn_relu", x) and calls_are_plain()
 
 
 def _pair_forward(
@@ -148,13 +115,12 @@ def _pair_forward(
     reuse_residual: bool = False,
 ) -> Tensor:
     conv, bn = pair
-    if _uses_batch(bn):
+    if uses_batch(bn):
         y = _convolve(x, conv)
         if residual is not None:
             residual = residual.to(y.dtype)  # as in `out += identity`
         return bn_relu(y, *batch_norm_args(bn), residual=residual, relu=relu)
-    mean, var = cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var)
-    scale, shift = scale_shift(bn.weight, bn.bias, mean, var, bn.eps, conv.bias)
+    scale, shift = fold(conv, bn)
     geometry = conv.stride, cast(tuple[int, int], conv.padding), conv.dilation, conv.groups
     if residual is not None and not torch.is_autocast_enabled(x.device.type):
         residual = residual.to(x.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from resnet_fused.nn import blocks
+from resnet_fused.nn import blocks, inference_plan
 
 
 class _ResidualBlock(nn.Module):
@@ -24,7 +24,9 @@ class _ResidualBlock(nn.Module):
 
     def forward_reusing(self, x: Tensor, reuse_input: bool) -> Tensor:
         """`forward`; with reuse_input the caller gives x away and its memory may be overwritten."""
-        out = blocks.residual_forward(x, self._pairs(), self.downsample, reuse_input)
+        out = inference_plan.run(self, x, reuse_input)
+        if out is None:
+            out = blocks.residual_forward(x, self._pairs(), self.downsample, reuse_input, self)
         return self._forward_unfused(x) if out is None else out
 
     def _pairs(self) -> Sequence[tuple[nn.Module, nn.Module]]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import backends, reference
-from resnet_fused.layout import memory_format, to_format
+from resnet_fused.layout import convolution_shape, memory_format, to_format
 from resnet_fused.ops import _checks
 from resnet_fused.ops._registration import autocast, call, define, refuse_gradient
 
@@ -95,17 +95,13 @@ def _output_shape(x: Tensor, weight: Tensor, *geometry: Any) -> tuple[int, ...]:
             f"conv_bn_relu: weight must have C / groups = {channels // groups} input channels,"
             f" got {weight.size(1)}"
         )
-    extent = [
-        (x.size(2 + i) + 2 * padding[i] - dilation[i] * (weight.size(2 + i) - 1) - 1) // stride[i]
-        + 1
-        for i in range(2)
-    ]
-    if min(extent) < 1:
+    shape = convolution_shape(x.shape, weight.shape, stride, padding, dilation)
+    if min(shape[2:]) < 1:
         raise ValueError(
             f"conv_bn_relu: x must be at least as large as the kernel, got {tuple(x.shape)} for"
             f" weight {tuple(weight.shape)} with padding {tuple(padding)}"
         )
-    return (x.size(0), kernels, *extent)
+    return shape
 
 
 def _check(

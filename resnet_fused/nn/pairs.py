@@ -1,0 +1,68 @@
+"""A convolution and the batch normalisation of its output: the unit that is fused."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from resnet_fused.folding import scale_shift
+from resnet_fused.nn.frozen_batch_norm import FrozenBatchNorm2d, is_frozen_batch_norm
+
+BatchNorm = nn.BatchNorm2d | FrozenBatchNorm2d
+Pair = tuple[nn.Conv2d, BatchNorm]
+
+
+def is_pair(conv: nn.Module, bn: nn.Module) -> bool:
+    """Whether the two are a plain Conv2d and a BatchNorm2d or frozen BN that nobody listens to."""
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros":
+        return False
+    if isinstance(conv.padding, str) or not (
+        type(bn) is nn.BatchNorm2d or is_frozen_batch_norm(bn)
+    ):
+        return False
+    return not (has_hooks(conv) or has_hooks(bn))
+
+
+def as_pair(downsample: nn.Module | None) -> Pair | None:
+    """Convolution and normalisation of a projection shortcut; None if it is anything else."""
+    if type(downsample) is not nn.Sequential or len(downsample) != 2 or has_hooks(downsample):
+        return None
+    conv, bn = downsample
+    return (conv, bn) if is_pair(conv, bn) else None  # type: ignore[return-value]
+
+
+def calls_are_plain() -> bool:
+    """Whether calling a module runs it and nothing else: no tracing, transform or global hook."""
+    return (
+        torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch_module._has_any_global_hook()
+    )
+
+
+def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """What a call of `module` runs besides its forward; all empty as a rule."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward."""
+    return any(hooks_of(module)) or "forward" in module.__dict__
+
+
+def uses_batch(bn: BatchNorm) -> bool:
+    """Whether `bn` normalises by the statistics of the batch."""
+    return isinstance(bn, nn.BatchNorm2d) and (bn.training or bn.running_mean is None)
+
+
+def fold(conv: nn.Conv2d, bn: BatchNorm) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of `bn` in evaluation and of the convolution's bias: see `scale_shift`."""
+    mean, var = cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var)
+    return scale_shift(bn.weight, bn.bias, mean, var, bn.eps, conv.bias, conv.weight)
