@@ -62,7 +62,7 @@ wheel: extension ## make the manylinux wheel in dist/ (CPU, and CUDA where nvcc 
 
 clean: ## remove what was built (not .venv)
 	rm -rf build dist demo_report *.egg-info resnet_fused/_C*.so
-	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .mypy_cache .pytest_cache .ruff_cache
 
 # Always run: it compiles what changed, and nothing if nothing did.
 extension: $(STAMPS)/tools
@@ -96,7 +96,7 @@ $(STAMPS)/tools: requirements-test.txt
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "$(BASE_PYTHON) is older than 3.10: name a newer Python with PYTHON="; exit 1; }
 	@echo "[1/4] making .venv with $$($(BASE_PYTHON) --version)"
-	@$(BASE_PYTHON) -m venv --clear .venv || { \
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(BASE_PYTHON) -m venv --clear .venv || { \
 	  echo "$(BASE_PYTHON) cannot make environments: install its venv module (python3-venv)"; exit 1; }
 	@echo "[2/4] installing torch (200 MB or more)"
 	@$(PIP) install $$($(RESOLVED) | grep '^torch==')
