@@ -43,7 +43,7 @@ class TestLoading:
         assert _extension.error() is None
         info = _extension.build_info()
         assert info is not None
-        assert info["isa"] in {"default", "avx2", "avx512"}
+        assert info["isa"] in {"default", "avx2", "avx512", "avx512_bf16"}
         assert info["cuda"] == bool(info["archs"])
         assert _extension.cuda_archs() == tuple(info["archs"])
 
