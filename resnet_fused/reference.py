@@ -52,7 +52,7 @@ def bn_relu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     mean, invstd = _statistics(x, running_mean, running_var, training, momentum, eps)
     total = _affine(x, weight, bias, mean, invstd)
-    residual_mean = residual_invstd = mean.new_empty(0)
+    residual_mean, residual_invstd = mean.new_empty(0), mean.new_empty(0)
     if residual is not None and residual_bn:
         residual_mean, residual_invstd = _statistics(
             residual,
@@ -106,8 +106,8 @@ def bn_relu_backward(
         signed = _affine(x, weight, bias, mean, invstd) if out is None else out
         grad = torch.where(signed <= 0, 0, grad)
     grad_x, grad_weight, grad_bias = _bn_backward(grad, x, weight, mean, invstd, training)
-    empty = mean.new_empty(0)
-    grad_residual, grad_residual_weight, grad_residual_bias = empty.to(x.dtype), empty, empty
+    grad_residual = x.new_empty(0)
+    grad_residual_weight, grad_residual_bias = grad_weight.new_empty(0), grad_weight.new_empty(0)
     if has_residual and residual_bn:
         if residual is None or residual_mean is None or residual_invstd is None:
             raise ValueError("bn_relu_backward: residual_bn needs residual and its statistics")
@@ -115,7 +115,7 @@ def bn_relu_backward(
             grad, residual, residual_weight, residual_mean, residual_invstd, residual_training
         )
     elif has_residual:
-        grad_residual = grad.to(x.dtype)
+        grad_residual = grad.to(x.dtype, copy=grad is grad_out)  # outputs never alias arguments
     return (
         grad_x,
         grad_weight,

@@ -241,8 +241,9 @@ def bn_relu_backward(
 
 def _check_backward(grad_out: Tensor, x: Tensor, *rest: Any) -> None:
     out, weight, bias, mean, invstd = rest[:5]
-    has_residual, residual, residual_bn = rest[6:9]
+    has_residual, residual, residual_bn, *residual_vectors = rest[6:12]
     _checks.check_activation("bn_relu_backward", "x", x)
+    _checks.check_tensors("bn_relu_backward", mean=mean, invstd=invstd)
     _checks.check_like("bn_relu_backward", "grad_out", grad_out, "x", x)
     for name, tensor in (("out", out), ("residual", residual)):
         if tensor is not None:
@@ -252,8 +253,19 @@ def _check_backward(grad_out: Tensor, x: Tensor, *rest: Any) -> None:
         _checks.check_per_channel("bn_relu_backward", name, vector, x)
     if has_residual and rest[-1] and out is None:
         raise ValueError("bn_relu_backward: out must be given with relu and a residual, got None")
-    if residual_bn and residual is None:
-        raise ValueError("bn_relu_backward: residual must be given with residual_bn, got None")
+    if not residual_bn:
+        return
+    if not has_residual:
+        raise ValueError("bn_relu_backward: has_residual must be True with residual_bn, got False")
+    names = ("residual_weight", "residual_mean", "residual_invstd")
+    for name, vector in zip(names, residual_vectors, strict=True):
+        _checks.check_per_channel("bn_relu_backward", name, vector, x)
+    _checks.check_tensors(
+        "bn_relu_backward",
+        residual=residual,
+        residual_mean=residual_vectors[1],
+        residual_invstd=residual_vectors[2],
+    )
 
 
 def _backward_kernel(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -274,7 +286,7 @@ def _backward_fake(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...
     grad_x = torch.empty_like(x, memory_format=memory_format(x))
     grad_residual = torch.empty_like(grad_x) if has_residual else x.new_empty(0)
     like = mean if weight is None else weight
-    like_residual = mean if residual_weight is None else residual_weight
+    like_residual = like if not residual_bn else mean if residual_weight is None else residual_weight
     shape = like.shape if residual_bn else (0,)
     return (
         grad_x,
@@ -321,6 +333,7 @@ def _apply_fake(
 
 def _check_apply(x: Tensor, *vectors: Tensor | None) -> None:
     _checks.check_activation("bn_relu_apply", "x", x)
+    _checks.check_tensors("bn_relu_apply", mean=vectors[2], invstd=vectors[3])
     for name, vector in zip(("weight", "bias", "mean", "invstd"), vectors, strict=True):
         _checks.check_per_channel("bn_relu_apply", name, vector, x)
 
