@@ -4,11 +4,7 @@
 #include <algorithm>
 #include <string>
 
-#if __has_include("cpu/isa.h")
 #include "cpu/isa.h"
-#else
-inline const char* resnet_fused_cpu_isa() { return "default"; }
-#endif
 
 namespace {
 
@@ -55,8 +51,8 @@ STABLE_TORCH_LIBRARY(resnet_fused_native, m) {
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual, "
       "Tensor grad_residual_weight, Tensor grad_residual_bias)");
   m.def(
-      "residual_block(Tensor x, Tensor[] weights, Tensor[] shifts, int[] geometry, "
-      "bool has_projection, bool reuse_input) -> Tensor");
+      "residual_blocks(Tensor x, Tensor[] weights, Tensor[] shifts, int[] geometry, "
+      "int[] convolutions, int[] projections) -> Tensor");
   m.def("fingerprint(Tensor[] tensors, int samples) -> int");
   m.def("build_info() -> str");
 }

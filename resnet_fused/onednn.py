@@ -33,12 +33,13 @@ class Convolution(NamedTuple):
 
 
 class PackedBlock(NamedTuple):
-    """The convolutions of a residual block as the native `residual_block` takes them."""
+    """A residual block as the native `residual_blocks` takes it, and the shape it gives."""
 
     weights: list[Tensor]
     shifts: list[Tensor]
     geometry: list[int]
     has_projection: bool
+    out_shape: tuple[int, ...]
 
 
 class _Packed(NamedTuple):
@@ -143,31 +144,43 @@ def runs(dtype: torch.dtype, elements: int) -> bool:
     return dtype == torch.float32
 
 
-def pack_block(x: Tensor, convolutions: Sequence[Convolution], has_projection: bool) -> PackedBlock:
-    """Pack a residual block for inputs like x. convolutions: in order, the projection last."""
-    shape = projected = tuple(x.shape)
-    packed = []
-    for index, convolution in enumerate(convolutions):
+def pack_block(
+    x_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    convolutions: Sequence[Convolution],
+    has_projection: bool,
+) -> PackedBlock:
+    """Pack a residual block for one shape of x. convolutions: in order, the projection last."""
+    main = convolutions[:-1] if has_projection else convolutions
+    packed, shape = [], x_shape
+    for convolution in main:
+        packed.append(_pack(shape, dtype, convolution))
         padding, stride, dilation, _ = convolution.geometry
-        is_projection = has_projection and index == len(convolutions) - 1
-        packed.append(_pack(projected if is_projection else shape, x.dtype, convolution))
         shape = convolution_shape(shape, convolution.weight.shape, stride, padding, dilation)
+    if has_projection:
+        packed.append(_pack(x_shape, dtype, convolutions[-1]))
     geometry = [
         number
         for padding, stride, dilation, groups in (c.geometry for c in convolutions)
         for number in (*padding, *stride, *dilation, groups)
     ]
-    return PackedBlock(
-        [p.weight for p in packed], [p.shift for p in packed], geometry, has_projection
-    )
+    weights, shifts = [p.weight for p in packed], [p.shift for p in packed]
+    return PackedBlock(weights, shifts, geometry, has_projection, shape)
 
 
-def residual_block(x: Tensor, packed: PackedBlock, reuse_input: bool) -> Tensor:
-    """A residual block in inference. x: (N, C, H, W), channels_last, of the shape packed for.
+def residual_blocks(x: Tensor, blocks: Sequence[PackedBlock]) -> Tensor:
+    """Residual blocks one after the other, in inference.
 
-    reuse_input: x may be overwritten with the output.
+    x: (N, C, H, W), channels_last, of the shape that the first block was packed for.
     """
-    out: Tensor = native.launcher("residual_block")(x, *packed, reuse_input)
+    out: Tensor = native.launcher("residual_blocks")(
+        x,
+        [weight for block in blocks for weight in block.weights],
+        [shift for block in blocks for shift in block.shifts],
+        [number for block in blocks for number in block.geometry],
+        [len(block.weights) - block.has_projection for block in blocks],
+        [int(block.has_projection) for block in blocks],
+    )
     return out
 
 

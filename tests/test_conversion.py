@@ -29,6 +29,7 @@ from resnet_fused.conversion import explain, fuse, unfuse
 from resnet_fused.conversion.swap import FusedBlock
 
 X = images(3, 8, 9, 7)
+NATIVE = X.contiguous(memory_format=torch.channels_last)
 
 
 class Pair(nn.Sequential):
@@ -62,14 +63,16 @@ def test_fused_block_computes_the_same(name: str, training: bool) -> None:
     assert_same_function(block, fuse, X, training, deep=False)
 
 
+@pytest.mark.parametrize("x", [X, NATIVE], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", PROVABLE)
-def test_without_gradients_and_again(name: str) -> None:
+def test_without_gradients_and_again(name: str, mode: Callable[[], Any], x: Tensor) -> None:
     block = randomize(PROVABLE[name]()).eval()
-    fused, before = fuse(block), X.clone()
-    with torch.inference_mode():
-        for _ in range(3):  # weights are packed from the second call on
-            torch.testing.assert_close(fused(X), block(X), rtol=1e-4, atol=1e-4)
-    assert torch.equal(X, before)
+    fused, before = fuse(block), x.clone()
+    with mode():
+        for _ in range(3):  # what is derived from the weights is used from the second call on
+            torch.testing.assert_close(fused(x), block(x), rtol=1e-4, atol=1e-4)
+    assert torch.equal(x, before)
 
 
 def test_the_fused_forward_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +225,21 @@ def test_obstacles_are_named(name: str) -> None:
     change(block)
     assert text in reason_for(block)
     assert type(quiet_fuse(block)) is Basic
+
+
+def test_a_network_is_no_block() -> None:
+    class DeepStem(Basic):
+        """Layers named as in a block, and blocks behind them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer1 = nn.Sequential(Basic(16, 16, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.relu(self.bn1(self.conv1(x)))
+            return self.layer1(self.relu(self.bn2(self.conv2(x))))
+
+    assert [row.path for row in explain(DeepStem()).rows] == ["layer1.0"]
 
 
 def test_weights_of_a_foreign_tensor_class() -> None:
@@ -491,25 +509,31 @@ def test_layers_changed_after_fusing_are_respected() -> None:
     def add_relu_hook(block: Basic) -> None:
         block.relu.register_forward_hook(lambda module, inputs, out: out * 2.0)
 
-    def sync(block: Basic) -> None:
-        block.bn1 = OwnNorm(16)
+    def normalise_weight(block: Basic) -> None:
+        parametrizations.weight_norm(block.conv2)
+        block.conv2.parametrizations.weight.original0.data.mul_(2.0)
 
     changes: list[Callable[[Basic], object]] = [
         add_hook,
         add_relu_hook,
-        sync,
+        normalise_weight,
+        _set("bn1", lambda _: OwnNorm(16)),
         _set("relu", lambda _: nn.GELU()),
         _set("conv1", lambda _: nn.Conv2d(8, 16, 3, 2, 1)),
         lambda b: prune.l1_unstructured(b.conv1, "weight", 0.5),
-        lambda b: parametrizations.weight_norm(b.conv2),
         lambda b: setattr(b, "downsample", Basic()),
         lambda b: setattr(b, "forward", lambda x: x + 1.0),
     ]
     for change in changes:
-        fused = fuse(randomize(Basic()).double().eval(), inplace=True)
-        change(fused.float())
-        expected = unfuse(fused)(X)
-        torch.testing.assert_close(fused(X), expected, rtol=1e-4, atol=1e-4)
+        for grad in (True, False):
+            fused = fuse(randomize(Basic()).eval(), inplace=True)
+            with torch.set_grad_enabled(grad):
+                unchanged = [fused(NATIVE) for _ in range(3)][-1]
+                change(fused)
+                actual, expected = fused(NATIVE), unfuse(fused)(NATIVE)
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+            is_other = actual.shape != unchanged.shape or (actual - unchanged).abs().max() > 0.01
+            assert is_other, "the change shows nowhere"
 
 
 def test_explain_tells_of_later_hooks() -> None:
@@ -528,7 +552,9 @@ def test_global_hooks_see_every_layer() -> None:
         lambda module, *_: seen.append(type(module).__name__)
     )
     try:
-        fused(X)
+        fused.eval()
+        with torch.no_grad():
+            fused(NATIVE)
     finally:
         handle.remove()
     assert seen.count("Conv2d") == 3
@@ -544,15 +570,16 @@ def test_evaluation_is_never_stale() -> None:
         lambda: model.load_state_dict(other),
         lambda: model[0].bn1.running_mean.add_(1.0),
         lambda: model[1].conv1.weight.data.mul_(2.0),
-        lambda: model.double().float(),
+        lambda: fused.to(torch.bfloat16).float(),
     ]
     for change in changes:
         with torch.no_grad():
-            for _ in range(3):
-                fused.eval()(X)
+            before = [fused.eval()(NATIVE) for _ in range(3)][-1]
         change()
         with torch.no_grad():
-            torch.testing.assert_close(fused.eval()(X), model.eval()(X), rtol=1e-4, atol=1e-4)
+            expected = unfuse(fused).eval()(NATIVE)
+            torch.testing.assert_close(fused.eval()(NATIVE), expected, rtol=1e-4, atol=1e-4)
+        assert (expected - before).abs().max() > 1e-4
 
 
 # Bad input, explanation, logging

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import resnet_fused
 from resnet_fused import models
 from resnet_fused._torchvision import import_torchvision
-from resnet_fused.models.stages import run_stage
+from resnet_fused.models.stages import run_stages
 from resnet_fused.nn import FrozenBatchNorm2d
 
 NAMES = (
@@ -187,10 +187,10 @@ def test_memory_formats(make: Callable[[], nn.Module]) -> None:
         torch.testing.assert_close(out, outs["nchw"], rtol=1e-5, atol=1e-5)
 
 
-def test_layers_with_hooks_are_called() -> None:
+@pytest.mark.parametrize("names", [("conv1",), ("bn1",), ("relu",), ("layer1.0.conv1", "layer1")])
+def test_layers_with_hooks_are_called(names: tuple[str, ...]) -> None:
     model = models.resnet20().eval()
     called = []
-    names = ("conv1", "bn1", "relu", "layer1.0.conv1", "layer2.0.bn2", "layer1")
     for name in names:
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
     with torch.no_grad():
@@ -198,23 +198,42 @@ def test_layers_with_hooks_are_called() -> None:
     assert sorted(called) == sorted(names)
 
 
-def test_overwriting_between_blocks_is_never_seen() -> None:
-    stage = randomize(models.resnet20().layer1).eval()
+def test_stages_in_one_call() -> None:
+    network = randomize(models.resnet20()).eval()
+    stages = (network.layer1, network.layer2)
     x = images(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
     before = x.clone()
     with torch.no_grad():
         expected = [x]
-        for block in stage:
+        for block in (*network.layer1, *network.layer2):
             expected.append(plain(block)(expected[-1]))
-        kept: list[Tensor] = []
-        for _ in range(3):  # weights are packed from the second call on
-            torch.testing.assert_close(run_stage(x, stage), expected[-1], rtol=1e-4, atol=1e-4)
+        for _ in range(3):  # what is derived from the weights is used from the second call on
+            out = run_stages(x, stages)
+            torch.testing.assert_close(out, expected[-1], rtol=1e-4, atol=1e-4)
         assert torch.equal(x, before)
-        stage[0].register_forward_hook(lambda _, inputs, out: kept.append(out))
-        stage[2].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-        run_stage(x, stage)
-    torch.testing.assert_close(kept[0], expected[1], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(kept[1], expected[2], rtol=1e-4, atol=1e-4)
+        for listened in (network.layer1, network.layer1[1], network.layer2[0].conv2):
+            seen = []
+            handle = listened.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+            out = run_stages(x, stages)
+            handle.remove()
+            assert seen == [1]
+            torch.testing.assert_close(out, expected[-1], rtol=1e-4, atol=1e-4)
+        network.layer2[1].forward = lambda x: x + 1.0
+        out = run_stages(x, (nn.Sequential(*network.layer2[:2]),))
+        torch.testing.assert_close(out, plain(network.layer2[0])(x) + 1.0, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_of_a_subclass_of_our_block_is_called() -> None:
+    class Doubled(resnet_fused.nn.BasicBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2.0 * super().forward(x)
+
+    stage = nn.Sequential(*(Doubled(16, 16) for _ in range(2))).eval()
+    x = images(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = 2.0 * plain(stage[1])(2.0 * plain(stage[0])(x))
+        for _ in range(3):
+            torch.testing.assert_close(run_stages(x, (stage,)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_training_reduces_the_loss() -> None:

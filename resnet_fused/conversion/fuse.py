@@ -1,10 +1,10 @@
 """`fuse` and `unfuse`."""
 
 import logging
+import sys
 import warnings
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from resnet_fused.conversion.clone import clone_modules
@@ -22,7 +22,8 @@ def fuse(model: Model, inplace: bool = False) -> Model:
     Converts every residual block, and the stem of torchvision's ResNets, whose forward is proven to
     compute what the fused one does. Everything else is left alone; `explain` says why. The result
     has new modules but the same parameters and buffers: optimizers, hooks, `state_dict` keys,
-    `requires_grad`, devices and training flags carry over, and both models stay usable. With
+    `requires_grad`, devices and training flags carry over, and both models stay usable (until one
+    of them is moved to another dtype or device, which gives it buffers of its own). With
     inplace=True the given modules are converted. Fusing twice is fusing once.
 
     Equivalent to `model`, called with one tensor. Later changes are safe: a block whose layers are
@@ -70,7 +71,7 @@ def _prepare(model: Model, function: str, inplace: bool) -> Model:
             + (" (call it on an instance, not on the class)" if isinstance(model, type) else "")
         )
     for module in model.modules():
-        if isinstance(module, torch._dynamo.OptimizedModule):
+        if _is_compiled(module):
             raise ValueError(
                 f"{function}: model must not be compiled, got the result of torch.compile "
                 f"(call {function} first, then torch.compile)"
@@ -81,3 +82,9 @@ def _prepare(model: Model, function: str, inplace: bool) -> Model:
                 f"parameters (call {function} before wrapping it, or pass inplace=True)"
             )
     return model if inplace else clone_modules(model)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # The compiler takes seconds to import; unless that has happened, nothing is compiled.
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)

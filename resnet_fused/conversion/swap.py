@@ -54,7 +54,7 @@ class FusedBlock(Fused):
     def forward(self, *args: object, **kwargs: object) -> object:
         # Proven is the call with one tensor; any other, and symbolic tracing, is the original's.
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            out = inference_plan.run(self, args[0], reuse_input=False)
+            out = inference_plan.run((self,), args[0])
             if out is None and self._is_as_proven():
                 out = self._forward_fused(args[0])
             if out is not None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from resnet_fused.models.initialization import initialize
-from resnet_fused.models.stages import channels_last, run_stage, run_stem
+from resnet_fused.models.stages import channels_last, run_stages, run_stem
 from resnet_fused.nn import BasicBlock
 
 
@@ -46,8 +46,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = run_stem(channels_last(x), self.conv1, self.bn1, self.relu)
-        for stage in (self.layer1, self.layer2, self.layer3):
-            x = run_stage(x, stage)
+        x = run_stages(x, (self.layer1, self.layer2, self.layer3))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 

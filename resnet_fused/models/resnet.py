@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from resnet_fused.models.initialization import initialize
-from resnet_fused.models.stages import channels_last, run_stage, run_stem
+from resnet_fused.models.stages import channels_last, run_stages, run_stem
 from resnet_fused.nn import BasicBlock, Bottleneck
 
 
@@ -67,8 +67,7 @@ class ResNet(nn.Module):
         # Called on torchvision's instances too, whose class conversion has swapped: it may rely on
         # the attributes that both have, and on nothing else.
         x = self.maxpool(run_stem(channels_last(x), self.conv1, self.bn1, self.relu))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = run_stage(x, stage)
+        x = run_stages(x, (self.layer1, self.layer2, self.layer3, self.layer4))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def _make_layer(

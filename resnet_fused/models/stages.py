@@ -1,6 +1,6 @@
 """The parts that the models share around their blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +23,30 @@ def run_stem(x: Tensor, conv: nn.Module, bn: nn.Module, relu: nn.Module) -> Tens
     return relu(bn(conv(x))) if out is None else out
 
 
-def run_stage(x: Tensor, stage: nn.Module) -> Tensor:
-    """stage(x), where a block in inference may overwrite the output of the block before it.
-
-    Only an output that came straight from a plan: then no hook and no other module has seen it.
-    """
-    if type(stage) is not nn.Sequential or has_hooks(stage) or torch.is_grad_enabled():
-        return stage(x)
-    is_ours_alone = False
-    for block in stage:
-        out = None
-        if type(block).forward in planned_forwards and not has_hooks(block):
-            out = inference_plan.run(block, x, reuse_input=is_ours_alone)
-        x, is_ours_alone = (block(x), False) if out is None else (out, True)
+def run_stages(x: Tensor, stages: Sequence[nn.Module]) -> Tensor:
+    """The stages one after the other; in inference, where nobody listens, in one native call."""
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        blocks = _plain_blocks(stages)
+        out = None if blocks is None else inference_plan.run(blocks, x)
+        if out is not None:
+            return out
+    for stage in stages:
+        x = stage(x)
     return x
 
 
 # Forwards that compute what the inference plan of their block computes, where it has one.
 planned_forwards: set[Callable[..., object]] = {BasicBlock.forward, Bottleneck.forward}
+
+
+def _plain_blocks(stages: Sequence[nn.Module]) -> list[nn.Module] | None:
+    """The blocks of the stages; None where something besides blocks of this library is called."""
+    blocks: list[nn.Module] = []
+    for stage in stages:
+        if type(stage) is not nn.Sequential or has_hooks(stage):
+            return None
+        blocks += stage
+    for block in blocks:
+        if type(block).forward not in planned_forwards or has_hooks(block):
+            return None
+    return blocks

@@ -49,14 +49,12 @@ def residual_forward(
     x: Tensor,
     pairs: Sequence[tuple[nn.Module, nn.Module]],
     downsample: nn.Module | None,
-    reuse_input: bool = False,
-    owner: nn.Module | None = None,
+    owner: nn.Module,
 ) -> Tensor | None:
     """The block of `pairs` around the shortcut `downsample`; None where that cannot be fused.
 
     relu(bn(conv(... relu(bn(conv(x))))) + downsample(x)) with every normalisation in the mode of
-    its own training flag. reuse_input: the caller gives x away, its memory may become the output's.
-    owner: the block, which calls `inference_plan.run` first to use what is kept for it here.
+    its own training flag. owner: the block, for which an inference plan is made where possible.
     """
     if not (_applies(x) and all(is_pair(conv, bn) for conv, bn in pairs)):
         return None
@@ -66,14 +64,13 @@ def residual_forward(
         trained = torch.is_grad_enabled() and any(uses_batch(bn) for _, bn in every)
         if trained and not torch.compiler.is_compiling() and _is_one_node(x, every):
             return _trained_forward(x, every, projection is not None)
-        if owner is not None:
-            make_plan(owner, x, every, projection is not None)
+        make_plan(owner, x, every, projection is not None)
     *first, last = every if projection is None else every[:-1]
     z = x
     for pair in first:
         z = _pair_forward(z, pair)
     if downsample is None:
-        return _pair_forward(z, last, x, reuse_residual=reuse_input)
+        return _pair_forward(z, last, x)
     if projection is None:
         return _pair_forward(z, last, downsample(x))
     if uses_batch(last[1]) or uses_batch(projection[1]):

@@ -1,8 +1,8 @@
 """A residual block in inference on a CPU: everything derived from its parameters, kept ready.
 
 Between two convolutions the caches are full of activations, and interpreter code runs several times
-slower than usual. A plan is checked once per call of its block, and then one native call runs all
-of the block's convolutions.
+slower than usual. A plan is checked once per call of its block, and then one native call runs the
+convolutions of any number of blocks.
 """
 
 import weakref
@@ -17,18 +17,28 @@ from resnet_fused.layout import memory_format
 from resnet_fused.nn.pairs import Pair, calls_are_plain, fold, hooks_of, uses_batch
 
 
-def run(block: nn.Module, x: Tensor, reuse_input: bool) -> Tensor | None:
-    """The output of `block` by its plan; None where there is none or it does not apply any more.
+def run(blocks: Sequence[nn.Module], x: Tensor) -> Tensor | None:
+    """The output of `blocks`, one after the other, by their plans.
 
-    reuse_input: x may be overwritten with the output.
+    None, and nothing done, where one of them has no plan or its plan does not apply any more.
     """
-    plan = _plans.get(block)
-    if plan is None or not _applies(x):
+    plans = [_plans.get(block) for block in blocks]
+    if not _applies(x):
         return None
-    if not plan.is_current():
-        del _plans[block]
-        return None
-    return plan.run(x, reuse_input)
+    x, current = x.to(_dtype(x)), []
+    for block, plan in zip(blocks, plans, strict=True):
+        if plan is None:
+            return None
+        if not plan.is_current():
+            del _plans[block]
+            return None
+        current.append(plan)
+    shape, packed = tuple(x.shape), []
+    for plan in current:
+        packed.append(plan.packed(shape, x.dtype))
+        shape = packed[-1].out_shape
+    with torch._C._AutoDispatchBelowAutograd():
+        return onednn.residual_blocks(x, packed)
 
 
 def make_plan(block: nn.Module, x: Tensor, pairs: Sequence[Pair], has_projection: bool) -> None:
@@ -91,7 +101,7 @@ class _Plan:
         ]
         self._tensors = [tensor for _, _, tensor, _ in self._watched if tensor is not None]
         self._fingerprint = fingerprint(self._tensors)
-        self._packed: dict[tuple[torch.Size, torch.dtype], onednn.PackedBlock] = {}
+        self._packed: dict[tuple[tuple[int, ...], torch.dtype], onednn.PackedBlock] = {}
 
     def is_current(self) -> bool:
         """Whether calling the block would compute what the plan was made from."""
@@ -110,27 +120,26 @@ class _Plan:
             and fingerprint(self._tensors) == self._fingerprint
         )
 
-    def run(self, x: Tensor, reuse_input: bool) -> Tensor:
-        x = x.to(_dtype(x))
-        key = (x.shape, x.dtype)
+    def packed(self, x_shape: tuple[int, ...], dtype: torch.dtype) -> onednn.PackedBlock:
+        """The block for inputs of this shape and dtype, packed when first asked for."""
+        key = (x_shape, dtype)
         packed = self._packed.get(key)
         if packed is None:
             if len(self._packed) == onednn.SHAPES_KEPT:
                 del self._packed[next(iter(self._packed))]
-            packed = self._packed[key] = self._pack(x)
-        reuse_input = reuse_input and x.is_inference() is torch.is_inference_mode_enabled()
-        with torch._C._AutoDispatchBelowAutograd():
-            return onednn.residual_block(x, packed, reuse_input)
+            packed = self._packed[key] = onednn.pack_block(
+                *(x_shape, dtype, self._convolutions(), self._has_projection)
+            )
+        return packed
 
-    def _pack(self, x: Tensor) -> onednn.PackedBlock:
-        convolutions = [
+    def _convolutions(self) -> list[onednn.Convolution]:
+        return [
             onednn.Convolution(
                 *(conv.weight, *fold(conv, bn)),
                 (conv.padding, conv.stride, conv.dilation, conv.groups),  # type: ignore[arg-type]
             )
             for conv, bn in self._pairs
         ]
-        return onednn.pack_block(x, convolutions, self._has_projection)
 
     def _current_settings(self) -> list[tuple[object, ...]]:
         """What the block computes depends on, besides tensors."""

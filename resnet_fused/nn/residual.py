@@ -20,13 +20,9 @@ class _ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, inplanes, H, W); returns (N, planes * expansion, H / stride, W / stride)."""
-        return self.forward_reusing(x, reuse_input=False)
-
-    def forward_reusing(self, x: Tensor, reuse_input: bool) -> Tensor:
-        """`forward`; with reuse_input the caller gives x away and its memory may be overwritten."""
-        out = inference_plan.run(self, x, reuse_input)
+        out = inference_plan.run((self,), x)
         if out is None:
-            out = blocks.residual_forward(x, self._pairs(), self.downsample, reuse_input, self)
+            out = blocks.residual_forward(x, self._pairs(), self.downsample, owner=self)
         return self._forward_unfused(x) if out is None else out
 
     def _pairs(self) -> Sequence[tuple[nn.Module, nn.Module]]:

@@ -1,4 +1,4 @@
-// A residual block in inference: its convolutions through oneDNN's fused post-ops, called from here so
+// Residual blocks in inference: their convolutions through oneDNN's fused post-ops, called from here so
 // that nothing but the convolutions runs between them. Between two convolutions the caches hold
 // activations, and every line of interpreter code costs several times its usual time.
 #include <torch/csrc/stable/library.h>
@@ -71,25 +71,44 @@ Tensor convolve_add_relu(const Tensor& x, const Convolution& conv, const Tensor&
   return to<Tensor>(stack[0]);
 }
 
-// weights, shifts, geometry: one entry (7 numbers) for each convolution of the block in order, then for
-// the projection of the shortcut if there is one. reuse_input: x may be overwritten with the result.
-Tensor residual_block(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> shifts,
-                      std::vector<int64_t> geometry, bool has_projection, bool reuse_input) {
-  STD_TORCH_CHECK(x.is_cpu(), "residual_block: x must be on the CPU");
-  const size_t convolutions = weights.size() - has_projection;
-  STD_TORCH_CHECK(weights.size() > static_cast<size_t>(has_projection) &&
-                      shifts.size() == weights.size() &&
+// weights, shifts, geometry: one entry (7 numbers) per convolution: those of the first block in order,
+// then the projection of its shortcut if it has one, then the next block. convolutions: how many
+// of them each block has, without the projection; projections: 1 or 0 for each block. x is kept,
+// but the blocks overwrite each other's outputs.
+Tensor residual_blocks(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> shifts,
+                       std::vector<int64_t> geometry, std::vector<int64_t> convolutions,
+                       std::vector<int64_t> projections) {
+  STD_TORCH_CHECK(x.is_cpu(), "residual_blocks: x must be on the CPU");
+  STD_TORCH_CHECK(projections.size() == convolutions.size(),
+                  "residual_blocks: projections must have one number per block, got ",
+                  projections.size(), " for ", convolutions.size());
+  int64_t total = 0;
+  for (size_t block = 0; block < convolutions.size(); ++block) {
+    STD_TORCH_CHECK(convolutions[block] > 0 && (projections[block] | 1) == 1,
+                    "residual_blocks: every block must have a convolution and at most one "
+                    "projection, got ",
+                    convolutions[block], " and ", projections[block]);
+    total += convolutions[block] + projections[block];
+  }
+  STD_TORCH_CHECK(static_cast<size_t>(total) == weights.size() && weights.size() == shifts.size() &&
                       geometry.size() == kGeometry * weights.size(),
-                  "residual_block: weights, shifts and geometry must describe the same "
-                  "convolutions, got ",
-                  weights.size(), ", ", shifts.size(), " and ", geometry.size(), " numbers");
-  const auto conv = [&](size_t i) {
+                  "residual_blocks: weights, shifts and geometry must describe ", total,
+                  " convolutions, got ", weights.size(), ", ", shifts.size(), " and ",
+                  geometry.size(), " numbers");
+  size_t next = 0;
+  const auto take = [&] {
+    const size_t i = next++;
     return Convolution{weights[i], shifts[i], geometry.data() + kGeometry * i};
   };
-  const Tensor residual = has_projection ? convolve(x, conv(convolutions), false) : x;
-  Tensor z = x;
-  for (size_t i = 0; i + 1 < convolutions; ++i) z = convolve(z, conv(i), true);
-  return convolve_add_relu(z, conv(convolutions - 1), residual, has_projection || reuse_input);
+  Tensor out = x;
+  for (size_t block = 0; block < convolutions.size(); ++block) {
+    Tensor z = out;
+    for (int64_t i = 0; i + 1 < convolutions[block]; ++i) z = convolve(z, take(), true);
+    const Convolution last = take();
+    const Tensor residual = projections[block] ? convolve(out, take(), false) : out;
+    out = convolve_add_relu(z, last, residual, projections[block] || block > 0);
+  }
+  return out;
 }
 
 }  // namespace
@@ -97,5 +116,5 @@ Tensor residual_block(const Tensor& x, std::vector<Tensor> weights, std::vector<
 
 // Packed weights carry a dispatch key of their own, so that CPU alone would not be found.
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_native, CompositeExplicitAutograd, m) {
-  m.impl("residual_block", TORCH_BOX(&resnet_fused::cpu::residual_block));
+  m.impl("residual_blocks", TORCH_BOX(&resnet_fused::cpu::residual_blocks));
 }
