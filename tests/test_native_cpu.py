@@ -6,6 +6,8 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +37,15 @@ SHAPES = [
     (2, 2056, 2, 2),
 ]
 RESIDUALS = ["none", "plain", "batch norm"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors on a busy machine: threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(
@@ -205,7 +216,11 @@ def make_case(
     )
 
 
-def check_case(case: Case, condition: float = 1.0) -> None:
+Results = dict[str, Tensor]
+
+
+def run_case(case: Case) -> tuple[Results, Results, Results]:
+    """Every result of the native operators, of eager, and of the exact mathematics."""
     before = [t.clone() for p in (case.params, case.residual_params) if p for t in p]
     inputs = Case(*case)._replace(
         params=Params(*before[:4]),
@@ -214,30 +229,30 @@ def check_case(case: Case, condition: float = 1.0) -> None:
     saved = case.native_forward()
     out = saved[0]
     assert out.stride() == case.x.stride()
-    grad_out = make(tuple(out.shape), out.dtype, "nchw").reshape(out.shape)
-    grad_out = torch.empty_like(case.x).copy_(grad_out)
+    grad_out = torch.empty_like(case.x).copy_(torch.randn(out.shape, dtype=torch.float64))
     mask = ~(out <= 0) if case.relu else torch.ones_like(out, dtype=torch.bool)
-    grads = case.native_backward(grad_out, saved)
-    actual = dict(
-        zip(
-            [
-                *("grad_x", "grad_weight", "grad_bias"),
-                *("grad_residual", "grad_residual_weight", "grad_residual_bias"),
-            ],
-            grads,
-            strict=True,
-        )
-    )
+    names = ["grad_x", "grad_weight", "grad_bias"]
+    names += ["grad_residual", "grad_residual_weight", "grad_residual_bias"]
+    actual = dict(zip(names, case.native_backward(grad_out, saved), strict=True))
     actual |= {"out": out}
     for prefix, params in (("", case.params), ("residual_", case.residual_params)):
         if params is not None:
             actual[f"{prefix}running_mean"] = params.running_mean
             actual[f"{prefix}running_var"] = params.running_var
-    exact = inputs.eager(torch.float64, grad_out, mask)
     eager = inputs.eager(out.dtype, grad_out, mask)
-    for name, value in actual.items():
-        if name in exact:
-            assert_as_accurate_as_eager(name, value, eager[name], exact[name], condition)
+    return actual, eager, inputs.eager(torch.float64, grad_out, mask)
+
+
+def check_case(make_one: Callable[[], Case], condition: float = 1.0) -> None:
+    """Few values can be right by luck: the worst of several draws is compared then."""
+    first = make_one()
+    draws = max(1, min(32, 4096 // max(1, first.x.numel())))
+    runs = [run_case(first), *(run_case(make_one()) for _ in range(draws - 1))]
+    expected_names = runs[0][2].keys()
+    for name, value in runs[0][0].items():
+        if name in expected_names:
+            actual, eager, exact = (torch.stack([r[i][name] for r in runs]) for i in range(3))
+            assert_as_accurate_as_eager(name, actual, eager, exact, condition)
         else:
             assert value.numel() == 0, f"{name} must be empty"
 
@@ -259,7 +274,7 @@ def test_add_relu_equals_eager(dtype: torch.dtype, layout: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_training(dtype: torch.dtype, layout: str, residual: str) -> None:
     for shape in SHAPES:
-        check_case(make_case(shape, dtype, layout, residual))
+        check_case(partial(make_case, shape, dtype, layout, residual))
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
@@ -267,8 +282,8 @@ def test_training(dtype: torch.dtype, layout: str, residual: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_evaluation(dtype: torch.dtype, layout: str, residual: str) -> None:
     for shape in [*SHAPES, (0, 5, 4, 4)]:
-        case = make_case(shape, dtype, layout, residual, training=False, residual_training=False)
-        check_case(case)
+        args = (shape, dtype, layout, residual)
+        check_case(partial(make_case, *args, training=False, residual_training=False))
 
 
 @pytest.mark.parametrize(("training", "residual_training"), [(True, False), (False, True)])
@@ -276,7 +291,8 @@ def test_evaluation(dtype: torch.dtype, layout: str, residual: str) -> None:
 def test_one_side_training(dtype: torch.dtype, training: bool, residual_training: bool) -> None:
     for layout in LAYOUTS[:2]:
         check_case(
-            make_case(
+            partial(
+                make_case,
                 (3, 17, 5, 7),
                 dtype,
                 layout,
@@ -292,7 +308,8 @@ def test_one_side_training(dtype: torch.dtype, training: bool, residual_training
 def test_without_relu(dtype: torch.dtype, residual: str) -> None:
     for layout, training in itertools.product(LAYOUTS[:2], (True, False)):
         check_case(
-            make_case(
+            partial(
+                make_case,
                 (3, 17, 5, 7),
                 dtype,
                 layout,
@@ -311,7 +328,7 @@ def test_mean_a_thousand_deviations_off_zero(
     dtype: torch.dtype, layout: str, residual: str
 ) -> None:
     for shape in [(8, 64, 14, 14), (2, 256, 7, 7), (1, 32, 30, 30)]:
-        check_case(make_case(shape, dtype, layout, residual, mean=1000.0), condition=1e6)
+        check_case(partial(make_case, shape, dtype, layout, residual, mean=1000.0), condition=1e6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
@@ -320,13 +337,13 @@ def test_an_outlier_does_not_spoil_the_statistics(layout: str) -> None:
         x = make((4, 32, 16, 16), torch.float32, layout)
         x[0, :, position[0], position[1]] = 1e4
         case = make_case(tuple(x.shape), torch.float32, layout)._replace(x=x)
-        check_case(case)
+        check_case(lambda case=case: case)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("shape", [(16, 16, 56, 56), (64, 4, 112, 112)])
 def test_sums_over_many_values(shape: tuple[int, ...]) -> None:
     for layout in LAYOUTS[:2]:
-        check_case(make_case(shape, torch.float32, layout, mean=3.0))
+        check_case(partial(make_case, shape, torch.float32, layout, mean=3.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -343,8 +360,9 @@ def test_sign_recomputed_from_x_equals_sign_of_out(dtype: torch.dtype) -> None:
     # Tiny outputs: some round to zero, and then have no gradient.
     for layout in LAYOUTS[:2]:
         case = make_case((4, 33, 6, 5), dtype, layout)
-        tiny = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-        case.params.weight.fill_(4 * tiny)
+        # bfloat16 instructions know no subnormal numbers, software does: straddle both borders.
+        tiny, eps = torch.finfo(dtype).tiny, torch.finfo(dtype).eps
+        case.params.weight.copy_(torch.where(torch.arange(33) % 2 == 0, 4 * tiny * eps, tiny))
         case.params.bias.zero_()
         out, mean, invstd, *_ = case.native_forward()
         assert dtype in (torch.float32, torch.float64) or 0 < (out == 0).double().mean() < 1
@@ -448,15 +466,11 @@ def test_no_channels() -> None:
 def test_result_does_not_depend_on_the_number_of_threads(layout: str) -> None:
     case = make_case((6, 48, 40, 40), torch.float32, layout, "batch norm")
     grad_out = make((6, 48, 40, 40), torch.float32, layout)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            saved = case.native_forward()
-            results.append([*saved, *case.native_backward(grad_out, saved)])
-    finally:
-        torch.set_num_threads(threads)
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        saved = case.native_forward()
+        results.append([*saved, *case.native_backward(grad_out, saved)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -510,7 +524,7 @@ def default_isa_results(tmp_path_factory: pytest.TempPathFactory) -> list[Tensor
     return results
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_gives_the_same_bits(
     isa: str, tmp_path: Path, default_isa_results: list[Tensor]
 ) -> None:
@@ -526,7 +540,9 @@ def test_every_instruction_set_gives_the_same_bits(
 def test_unknown_instruction_set_is_named(tmp_path: Path) -> None:
     ran = run_with_isa("sse9", tmp_path / "unused")
     assert ran.returncode != 0
-    assert "RESNET_FUSED_CPU_ISA must be default, avx2 or avx512, got sse9" in ran.stderr
+    assert (
+        "RESNET_FUSED_CPU_ISA must be default, avx2, avx512 or avx512_bf16, got sse9" in ran.stderr
+    )
 
 
 def bn_relu(x: Tensor, params: Any = None, training: bool = True, **kwargs: Any) -> Any:

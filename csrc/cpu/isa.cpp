@@ -27,31 +27,48 @@ bool cpu_has_avx512() {
 #endif
 }
 
+bool cpu_has_avx512_bf16() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 struct Choice {
   const Kernels* kernels = nullptr;
   std::string problem;
 };
 
 Choice choose() {
-  const Kernels* avx512 = cpu_has_avx512() ? avx512_kernels() : nullptr;
-  const Kernels* avx2 = cpu_has_avx2() ? avx2_kernels() : nullptr;
+  // Worst first; null where this CPU or this build lacks one.
+  struct {
+    const char* name;
+    const Kernels* kernels;
+  } const candidates[] = {
+      {"default", default_kernels()},
+      {"avx2", cpu_has_avx2() ? avx2_kernels() : nullptr},
+      {"avx512", cpu_has_avx512() ? avx512_kernels() : nullptr},
+      {"avx512_bf16", cpu_has_avx512_bf16() ? avx512_bf16_kernels() : nullptr},
+  };
   const char* variable = std::getenv("RESNET_FUSED_CPU_ISA");
-  std::string wish = variable ? variable : "";
+  const std::string wish = variable ? variable : "";
+  Choice choice;
+  choice.problem = "RESNET_FUSED_CPU_ISA must be default, avx2, avx512 or avx512_bf16, got ";
   // The text may end up in JSON.
-  for (char& c : wish) c = std::isalnum(static_cast<unsigned char>(c)) ? c : '?';
-  if (wish.empty()) return {avx512 ? avx512 : avx2 ? avx2 : default_kernels(), ""};
-  if (wish == "default") return {default_kernels(), ""};
-  if (wish != "avx2" && wish != "avx512") {
-    return {nullptr, "RESNET_FUSED_CPU_ISA must be default, avx2 or avx512, got " + wish};
+  for (const unsigned char c : wish) choice.problem += std::isalnum(c) || c == '_' ? c : '?';
+  for (const auto& candidate : candidates) {
+    if (!wish.empty() && wish != candidate.name) continue;
+    if (candidate.kernels) {
+      choice.kernels = candidate.kernels;
+    } else if (!wish.empty()) {
+      choice.problem =
+          "RESNET_FUSED_CPU_ISA must name an instruction set of this CPU and build, "
+          "got " +
+          wish + " (unset it)";
+    }
   }
-  const Kernels* kernels = wish == "avx2" ? avx2 : avx512;
-  if (!kernels) {
-    return {nullptr,
-            "RESNET_FUSED_CPU_ISA must name an instruction set of this CPU and build, "
-            "got " +
-                wish + " (unset it)"};
-  }
-  return {kernels, ""};
+  return choice;
 }
 
 const Choice& choice() {

@@ -61,20 +61,22 @@ struct GradientArgs {
   Projection projection, residual_projection;
 };
 
+// Arguments go by value: the compiler then knows that no store through a pointer changes them.
 struct Kernels {
   const char* name;
   void (*add_relu[kDTypes])(const void* x, const void* residual, void* out, int64_t n);
   void (*add_relu_backward[kDTypes])(const void* grad_out, const void* out, void* grad, int64_t n);
-  void (*statistics[kDTypes])(const Matrix&, const StatisticsArgs&);
-  void (*apply[kDTypes][kResiduals][2])(const Matrix&, const ApplyArgs&);  // [relu]
-  void (*reduce[kDTypes][kMasks][kResiduals])(const Matrix&, const ReduceArgs&);
+  void (*statistics[kDTypes])(Matrix, StatisticsArgs);
+  void (*apply[kDTypes][kResiduals][2])(Matrix, ApplyArgs);  // [relu]
+  void (*reduce[kDTypes][kMasks][kResiduals])(Matrix, ReduceArgs);
   // [residual_bn] [training] [residual_training]; without training there is no projection.
-  void (*gradients[kDTypes][kMasks][2][2][2])(const Matrix&, const GradientArgs&);
+  void (*gradients[kDTypes][kMasks][2][2][2])(Matrix, GradientArgs);
 };
 
 // Null where the compiler or the target lacks the instruction set.
 const Kernels* default_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
 
 }  // namespace resnet_fused::cpu

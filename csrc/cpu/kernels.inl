@@ -18,23 +18,33 @@ constexpr int64_t kSumRows = 32;
 // Rows whose mean is the first guess of a mean.
 constexpr int64_t kGuessRows = 8;
 
-// Calls body(row, rows, column, lanes) until every element was visited.
+// A number of rows known at compile time.
+struct OneRow {
+  constexpr operator int64_t() const { return 1; }
+};
+
 template <class T, class Body>
-RESNET_FUSED_INLINE void for_each_block(const Matrix& m, int64_t block_rows, const Body& body) {
-  for (int64_t row = 0; row < m.rows; row += block_rows) {
-    const int64_t rows = m.rows - row < block_rows ? m.rows - row : block_rows;
-    int64_t column = m.begin;
-    for (; column + kLanes<T> <= m.end; column += kLanes<T>) body(row, rows, column, AllLanes{});
-    if (column < m.end) body(row, rows, column, m.end - column);
-  }
+RESNET_FUSED_INLINE void for_each_column(const Matrix& m, const Body& body) {
+  int64_t column = m.begin;
+  for (; column + kLanes<T> <= m.end; column += kLanes<T>) body(column, AllLanes{});
+  if (column < m.end) body(column, m.end - column);
 }
 
-// A narrow matrix is walked down its columns with everything per-channel in registers. A wide one
-// is walked along its rows: several rows at once would keep more in registers, but memory that is
-// not read in order arrives at half the speed.
-template <class T>
-RESNET_FUSED_INLINE int64_t block_rows(const Matrix& m) {
-  return m.end - m.begin <= 2 * kLanes<T> ? m.rows : 1;
+// Calls body(row, rows, column, lanes) until every element was visited. A narrow matrix is walked
+// down its columns with everything per-channel in registers. A wide one is walked along its rows:
+// several rows at once would keep more in registers, but memory that is not read in order arrives
+// at half the speed.
+template <class T, class Body>
+RESNET_FUSED_INLINE void for_each_block(const Matrix& m, const Body& body) {
+  if (m.end - m.begin <= 2 * kLanes<T>) {
+    for_each_column<T>(
+        m, [&](int64_t column, auto n) RESNET_FUSED_INLINE_BODY { body(0, m.rows, column, n); });
+    return;
+  }
+  for (int64_t row = 0; row < m.rows; ++row) {
+    for_each_column<T>(m, [&](int64_t column, auto n)
+                              RESNET_FUSED_INLINE_BODY { body(row, OneRow{}, column, n); });
+  }
 }
 
 // Per-column sums of a few rows, close to the registers.
@@ -62,16 +72,11 @@ RESNET_FUSED_INLINE void for_each_group(const Matrix& m, const Body& body) {
   }
 }
 
-template <class T, class Body>
-RESNET_FUSED_INLINE void for_each_column(const Matrix& m, const Body& body) {
-  for_each_block<T>(Matrix{1, 0, m.begin, m.end}, 1,
-                    [&](int64_t, int64_t, int64_t column, auto n) { body(column, n); });
-}
-
 template <class T>
 RESNET_FUSED_INLINE void add_columns(const Matrix& m, double* totals, const Sums<T>& sums) {
-  for_each_column<T>(
-      m, [&](int64_t column, auto n) { add(totals + column, sums.at(column - m.begin), n); });
+  for_each_column<T>(m, [&](int64_t column, auto n) RESNET_FUSED_INLINE_BODY {
+    add(totals + column, sums.at(column - m.begin), n);
+  });
 }
 
 template <class T, class N>
@@ -99,7 +104,7 @@ void add_relu_kernel(const void* x, const void* residual, void* out, int64_t n) 
   const T* px = static_cast<const T*>(x);
   const T* pr = static_cast<const T*>(residual);
   T* po = static_cast<T*>(out);
-  for_each_block<T>({1, n, 0, n}, 1, [=](int64_t, int64_t, int64_t i, auto lanes) {
+  for_each_column<T>({1, n, 0, n}, [=](int64_t i, auto lanes) {
     store(po + i, relu(load(px + i, lanes) + load(pr + i, lanes)), lanes);
   });
 }
@@ -109,7 +114,7 @@ void add_relu_backward_kernel(const void* grad_out, const void* out, void* grad,
   const T* pg = static_cast<const T*>(grad_out);
   const T* po = static_cast<const T*>(out);
   T* pgrad = static_cast<T*>(grad);
-  for_each_block<T>({1, n, 0, n}, 1, [=](int64_t, int64_t, int64_t i, auto lanes) {
+  for_each_column<T>({1, n, 0, n}, [=](int64_t i, auto lanes) {
     const Vec<T> g = load(pg + i, lanes);
     store(pgrad + i, load(po + i, lanes) <= 0 ? Vec<T>{} : g, lanes);
   });
@@ -121,14 +126,14 @@ void add_relu_backward_kernel(const void* grad_out, const void* out, void* grad,
 // bfloat16 are short enough to be summed as they are: whatever 32 of them lose is small against
 // their variance.
 template <class T>
-void statistics_kernel(const Matrix& m, const StatisticsArgs& args) {
+void statistics_kernel(Matrix m, StatisticsArgs args) {
   constexpr bool kDifferences = !is_bfloat16<T>;
   const T* x = static_cast<const T*>(args.x);
   Sums<T> sums, squares, guesses;
   guesses.clear(m.end - m.begin);
   if constexpr (kDifferences) {
     const int64_t rows = m.rows < kGuessRows ? m.rows : kGuessRows;
-    for_each_column<T>(m, [&](int64_t column, auto n) {
+    for_each_column<T>(m, [&](int64_t column, auto n) RESNET_FUSED_INLINE_BODY {
       Vec<T> sum{};
       for (int64_t r = 0; r < rows; ++r) sum += load(x + r * m.width + column, n);
       guesses.set(column - m.begin, shorten(sum / static_cast<Scalar<T>>(rows)));
@@ -137,8 +142,8 @@ void statistics_kernel(const Matrix& m, const StatisticsArgs& args) {
   for_each_group(m, [&](int64_t offset, const Matrix& group) {
     sums.clear(m.end - m.begin);
     squares.clear(m.end - m.begin);
-    for_each_block<T>(group, block_rows<T>(group),
-                      [&](int64_t row, int64_t rows, int64_t column, auto n) {
+    for_each_block<T>(group,
+                      [&](int64_t row, auto rows, int64_t column, auto n) RESNET_FUSED_INLINE_BODY {
                         const Vec<T> guess = guesses.at(column - m.begin);
                         Vec<T> sum{}, square{};
                         for (int64_t r = row; r < row + rows; ++r) {
@@ -151,7 +156,7 @@ void statistics_kernel(const Matrix& m, const StatisticsArgs& args) {
                         squares.add(column - m.begin, square);
                       });
     const Scalar<T> rows = static_cast<Scalar<T>>(group.rows);
-    for_each_column<T>(m, [&](int64_t column, auto n) {
+    for_each_column<T>(m, [&](int64_t column, auto n) RESNET_FUSED_INLINE_BODY {
       const Vec<T> shift = load_channels<T>(args.shift, column, n);
       const Vec<T> guess = guesses.at(column - m.begin);
       const Vec<T> sum = sums.at(column - m.begin);
@@ -169,24 +174,26 @@ void statistics_kernel(const Matrix& m, const StatisticsArgs& args) {
 }
 
 template <class T, Residual kResidual, bool kRelu>
-void apply_kernel(const Matrix& m, const ApplyArgs& args) {
+void apply_kernel(Matrix m, ApplyArgs args) {
   const T* x = static_cast<const T*>(args.x);
   const T* residual = static_cast<const T*>(args.residual);
   T* out = static_cast<T*>(args.out);
-  for_each_block<T>(m, block_rows<T>(m), [&](int64_t row, int64_t rows, int64_t column, auto n) {
-    const auto bn = load_affine<T>(args.bn, column, n);
-    LoadedAffine<T> residual_bn{};
-    if constexpr (kResidual == kBatchNormResidual) {
-      residual_bn = load_affine<T>(args.residual_bn, column, n);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t i = (row + r) * m.width + column;
-      Vec<T> v = bn(load(x + i, n));
-      if constexpr (kResidual == kPlainResidual) v += load(residual + i, n);
-      if constexpr (kResidual == kBatchNormResidual) v += residual_bn(load(residual + i, n));
-      store(out + i, kRelu ? relu(v) : v, n);
-    }
-  });
+  for_each_block<T>(m,
+                    [&](int64_t row, auto rows, int64_t column, auto n) RESNET_FUSED_INLINE_BODY {
+                      const auto bn = load_affine<T>(args.bn, column, n);
+                      LoadedAffine<T> residual_bn{};
+                      if constexpr (kResidual == kBatchNormResidual) {
+                        residual_bn = load_affine<T>(args.residual_bn, column, n);
+                      }
+                      for (int64_t r = 0; r < rows; ++r) {
+                        const int64_t i = (row + r) * m.width + column;
+                        Vec<T> v = bn(load(x + i, n));
+                        if constexpr (kResidual == kPlainResidual) v += load(residual + i, n);
+                        if constexpr (kResidual == kBatchNormResidual)
+                          v += residual_bn(load(residual + i, n));
+                        store(out + i, kRelu ? relu(v) : v, n);
+                      }
+                    });
 }
 
 // The gradient behind the ReLU: grad_out where the ReLU's input was not <= 0.
@@ -200,7 +207,7 @@ RESNET_FUSED_INLINE Vec<T> masked(const T* grad_out, const T* out, Vec<T> x,
 }
 
 template <class T, Mask kMask, Residual kResidual>
-void reduce_kernel(const Matrix& m, const ReduceArgs& args) {
+void reduce_kernel(Matrix m, ReduceArgs args) {
   const T* grad_out = static_cast<const T*>(args.grad_out);
   const T* out = static_cast<const T*>(args.out);
   const T* x = static_cast<const T*>(args.x);
@@ -211,8 +218,8 @@ void reduce_kernel(const Matrix& m, const ReduceArgs& args) {
     sum_dy.clear(m.end - m.begin);
     sum_dy_x.clear(m.end - m.begin);
     if constexpr (kResidual == kBatchNormResidual) sum_dy_residual.clear(m.end - m.begin);
-    for_each_block<T>(group, block_rows<T>(group),
-                      [&](int64_t row, int64_t rows, int64_t column, auto n) {
+    for_each_block<T>(group,
+                      [&](int64_t row, auto rows, int64_t column, auto n) RESNET_FUSED_INLINE_BODY {
                         LoadedAffine<T> bn{};
                         bn.mean = load_channels<T>(args.bn.mean, column, n);
                         if constexpr (kMask == kMaskFromX) bn = load_affine<T>(args.bn, column, n);
@@ -272,32 +279,34 @@ RESNET_FUSED_INLINE LoadedProjection<T, kTraining> load_projection(const Affine&
 }
 
 template <class T, Mask kMask, bool kResidualBn, bool kTraining, bool kResidualTraining>
-void gradients_kernel(const Matrix& m, const GradientArgs& args) {
+void gradients_kernel(Matrix m, GradientArgs args) {
   const T* grad_out = static_cast<const T*>(args.grad_out);
   const T* out = static_cast<const T*>(args.out);
   const T* x = static_cast<const T*>(args.x);
   const T* residual = static_cast<const T*>(args.residual);
   T* grad_x = static_cast<T*>(args.grad_x);
   T* grad_residual = static_cast<T*>(args.grad_residual);
-  for_each_block<T>(m, block_rows<T>(m), [&](int64_t row, int64_t rows, int64_t column, auto n) {
-    LoadedAffine<T> bn{};
-    if constexpr (kMask == kMaskFromX) bn = load_affine<T>(args.bn, column, n);
-    const auto projection = load_projection<T, kTraining>(args.bn, args.projection, column, n);
-    LoadedProjection<T, kResidualTraining> residual_projection{};
-    if constexpr (kResidualBn) {
-      residual_projection = load_projection<T, kResidualTraining>(
-          args.residual_bn, args.residual_projection, column, n);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t i = (row + r) * m.width + column;
-      Vec<T> x_i{}, residual_i{};
-      if constexpr (kTraining || kMask == kMaskFromX) x_i = load(x + i, n);
-      if constexpr (kResidualBn && kResidualTraining) residual_i = load(residual + i, n);
-      const Vec<T> dy = masked<T, kMask>(grad_out + i, out + i, x_i, bn, n);
-      store(grad_x + i, projection(dy, x_i), n);
-      if constexpr (kResidualBn) store(grad_residual + i, residual_projection(dy, residual_i), n);
-    }
-  });
+  for_each_block<T>(
+      m, [&](int64_t row, auto rows, int64_t column, auto n) RESNET_FUSED_INLINE_BODY {
+        LoadedAffine<T> bn{};
+        if constexpr (kMask == kMaskFromX) bn = load_affine<T>(args.bn, column, n);
+        const auto projection = load_projection<T, kTraining>(args.bn, args.projection, column, n);
+        LoadedProjection<T, kResidualTraining> residual_projection{};
+        if constexpr (kResidualBn) {
+          residual_projection = load_projection<T, kResidualTraining>(
+              args.residual_bn, args.residual_projection, column, n);
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t i = (row + r) * m.width + column;
+          Vec<T> x_i{}, residual_i{};
+          if constexpr (kTraining || kMask == kMaskFromX) x_i = load(x + i, n);
+          if constexpr (kResidualBn && kResidualTraining) residual_i = load(residual + i, n);
+          const Vec<T> dy = masked<T, kMask>(grad_out + i, out + i, x_i, bn, n);
+          store(grad_x + i, projection(dy, x_i), n);
+          if constexpr (kResidualBn)
+            store(grad_residual + i, residual_projection(dy, residual_i), n);
+        }
+      });
 }
 
 template <class T, Residual kResidual>

@@ -117,9 +117,9 @@ void update_channels(const char* op, const char* name, const Tensor& t, const Va
 // How an activation is cut into matrices whose columns each belong to one channel.
 //
 // channels_last: one matrix, whose rows hold the channels `copies` times so that narrow activations
-// fill registers too, and a shorter last row of `tail` elements. Column k holds channel k %
-// channels. NCHW: every plane is a matrix of kPlaneWidth columns with such a last row. Column k of
-// all planes' columns side by side holds channel k / kPlaneWidth.
+// fill registers too, and a shorter last row of `tail` elements.
+// NCHW: every plane is a matrix of kPlaneWidth columns with such a last row; the columns of all
+// channels lie side by side.
 //
 // Sums are cut into chunks by shape alone, so that results do not depend on the number of threads.
 struct Geometry {
@@ -133,7 +133,7 @@ struct Geometry {
   int64_t batch, channels, plane;
   bool channels_last;
   int64_t width, rows, tail;
-  int64_t columns;
+  int64_t columns, copies;
   // Rows (channels_last) or images (NCHW) in a chunk.
   int64_t chunk, chunks;
 
@@ -141,7 +141,8 @@ struct Geometry {
       : batch(x.size(0)), channels(x.size(1)), plane(x.size(2) * x.size(3)) {
     channels_last = channels > 1 && (plane == 1 || !is_nchw_contiguous(x));
     if (channels_last) {
-      width = channels * copies_for(channels);
+      copies = std::clamp<int64_t>(batch * plane, 1, copies_for(channels));
+      width = channels * copies;
       const int64_t elements = batch * plane * channels;
       rows = elements / width;
       tail = elements % width;
@@ -155,6 +156,7 @@ struct Geometry {
       rows = plane / width;
       tail = plane % width;
       columns = channels * width;
+      copies = width;
       const int64_t wanted = std::max<int64_t>(1, kMaxChunks / std::max<int64_t>(1, channels));
       chunk = std::max<int64_t>(1, ceil_div(batch, wanted));
       chunks = std::max<int64_t>(1, ceil_div(batch, chunk));
@@ -162,8 +164,9 @@ struct Geometry {
   }
 
   int64_t values_per_channel() const { return batch * plane; }
-  int64_t channel_of(int64_t column) const {
-    return channels_last ? column % channels : column / kPlaneWidth;
+  // The columns of a channel.
+  int64_t column_of(int64_t channel, int64_t copy) const {
+    return channels_last ? copy * channels + channel : channel * kPlaneWidth + copy;
   }
 
   static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -255,7 +258,10 @@ class ChunkSums {
       for (int64_t k = 0; k < g_.columns; ++k) columns[k] += p[k];
     }
     std::vector<double> channels(g_.channels);
-    for (int64_t k = 0; k < g_.columns; ++k) channels[g_.channel_of(k)] += columns[k];
+    for (int64_t c = 0; c < g_.channels; ++c) {
+      for (int64_t copy = 0; copy < g_.copies; ++copy)
+        channels[c] += columns[g_.column_of(c, copy)];
+    }
     return channels;
   }
 
@@ -268,7 +274,10 @@ class ChunkSums {
 template <class A, class Value>
 std::vector<A> expand(const Geometry& g, const Value& value) {
   std::vector<A> columns(g.columns);
-  for (int64_t k = 0; k < g.columns; ++k) columns[k] = value(g.channel_of(k));
+  for (int64_t c = 0; c < g.channels; ++c) {
+    const A v = value(c);
+    for (int64_t copy = 0; copy < g.copies; ++copy) columns[g.column_of(c, copy)] = v;
+  }
   return columns;
 }
 

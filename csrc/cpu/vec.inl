@@ -18,6 +18,7 @@ typedef float HalfFloatVec RESNET_FUSED_VECTOR(RESNET_FUSED_VECTOR_BYTES / 2);
 typedef uint16_t HalfBitsVec RESNET_FUSED_VECTOR(RESNET_FUSED_VECTOR_BYTES / 2);
 
 #define RESNET_FUSED_INLINE static inline __attribute__((always_inline))
+#define RESNET_FUSED_INLINE_BODY __attribute__((always_inline))
 
 // Vec is the register that elements of T are computed in, Scalar its element.
 template <class T>
@@ -40,7 +41,11 @@ struct Element<Float16> : Element<float> {
 };
 template <>
 struct Element<BFloat16> : Element<float> {
+#if defined(RESNET_FUSED_AVX512BF16)
+  static constexpr float kRoundsToZero = 0x1.fffffcp-127f;
+#else
   static constexpr float kRoundsToZero = 0x1p-134f;
+#endif
 };
 
 template <class T>
@@ -102,6 +107,12 @@ RESNET_FUSED_INLINE FloatVec load(const BFloat16* p) {
   return bit_cast<FloatVec>(widen_bits(load_raw<HalfBitsVec>(p)) << 16);
 }
 
+#if defined(RESNET_FUSED_AVX512BF16)
+// To nearest even; subnormal numbers become zero.
+RESNET_FUSED_INLINE void store(BFloat16* p, FloatVec v) {
+  store_raw(p, _mm512_cvtneps_pbh((__m512)v));
+}
+#else
 // To nearest even; every NaN becomes the quiet one.
 RESNET_FUSED_INLINE void store(BFloat16* p, FloatVec v) {
   const BitsVec bits = bit_cast<BitsVec>(v);
@@ -109,6 +120,7 @@ RESNET_FUSED_INLINE void store(BFloat16* p, FloatVec v) {
   const BitsVec nan = BitsVec{} + 0x7fc0;
   store_raw(p, narrow_bits(v == v ? rounded : nan));
 }
+#endif
 
 #if defined(RESNET_FUSED_AVX512)
 RESNET_FUSED_INLINE FloatVec load(const Float16* p) {
@@ -181,10 +193,20 @@ RESNET_FUSED_INLINE void store(T* p, typename Element<T>::Vec v, int64_t n) {
   __builtin_memcpy(p, buffer, n * sizeof(T));
 }
 
+// NaN stays: of unordered operands, x86's max returns the second.
+#if defined(RESNET_FUSED_AVX512)
+RESNET_FUSED_INLINE FloatVec relu(FloatVec v) {
+  return (FloatVec)_mm512_max_ps(_mm512_setzero_ps(), (__m512)v);
+}
+RESNET_FUSED_INLINE DoubleVec relu(DoubleVec v) {
+  return (DoubleVec)_mm512_max_pd(_mm512_setzero_pd(), (__m512d)v);
+}
+#else
 template <class V>
 RESNET_FUSED_INLINE V relu(V v) {
-  return v < 0 ? V{} : v;  // NaN stays
+  return v < 0 ? V{} : v;
 }
+#endif
 
 // v with its 12 leading bits; enough for a guess.
 RESNET_FUSED_INLINE FloatVec shorten(FloatVec v) {
