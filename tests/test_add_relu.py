@@ -37,7 +37,7 @@ def eager(x: Tensor, residual: Tensor) -> Tensor:
 def check(case: Case) -> None:
     tensors = {"x": case.x(), "residual": case.other(1)}
     with rf.backend(case.backend):
-        results = assert_same_function(add_relu, eager, tensors, case.other(2))
+        results = assert_same_function(add_relu, eager, (tensors, case.other(2)))
     assert_format_follows(results, tensors)
 
 
