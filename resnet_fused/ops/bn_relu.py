@@ -286,7 +286,9 @@ def _backward_fake(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...
     grad_x = torch.empty_like(x, memory_format=memory_format(x))
     grad_residual = torch.empty_like(grad_x) if has_residual else x.new_empty(0)
     like = mean if weight is None else weight
-    like_residual = like if not residual_bn else mean if residual_weight is None else residual_weight
+    like_residual = (
+        like if not residual_bn else mean if residual_weight is None else residual_weight
+    )
     shape = like.shape if residual_bn else (0,)
     return (
         grad_x,
