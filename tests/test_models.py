@@ -199,7 +199,7 @@ def test_layers_with_hooks_are_called(names: tuple[str, ...]) -> None:
 
 
 def test_stages_in_one_call() -> None:
-    network = randomize(models.resnet20()).eval()
+    network = randomize(models.resnet20(shortcut="B")).eval()
     stages = (network.layer1, network.layer2)
     x = images(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
     before = x.clone()
