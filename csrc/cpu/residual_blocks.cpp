@@ -1,25 +1,19 @@
-// Residual blocks in inference: their convolutions through oneDNN's fused post-ops, called from here so
-// that nothing but the convolutions runs between them. Between two convolutions the caches hold
-// activations, and every line of interpreter code costs several times its usual time.
+// Residual blocks in inference: their convolutions through oneDNN's fused post-ops, called from
+// here so that nothing but the convolutions runs between them. Between two convolutions the caches
+// hold activations, and every line of interpreter code costs several times its usual time.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <array>
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "cpu/convolution.h"
+#include "cpu/dispatch_call.h"
+
 namespace resnet_fused::cpu {
 namespace {
-
-using torch::stable::Tensor;
-using torch::stable::detail::from;
-using torch::stable::detail::to;
-
-constexpr size_t kGeometry = 7;  // padding, stride, dilation (two each), groups
 
 // A convolution whose weight is folded and packed, and whose shift is its bias.
 struct Convolution {
@@ -27,54 +21,31 @@ struct Convolution {
   const Tensor& shift;
   const int64_t* geometry;
 
-  StableIValue pair(size_t i) const {
-    return from(std::vector<int64_t>{geometry[2 * i], geometry[2 * i + 1]});
-  }
+  std::vector<int64_t> pair(size_t i) const { return {geometry[2 * i], geometry[2 * i + 1]}; }
 };
 
 // relu(conv(x)), or conv(x).
 Tensor convolve(const Tensor& x, const Convolution& conv, bool relu) {
-  std::array<StableIValue, 10> stack{from(x),
-                                     from(conv.weight),
-                                     from(std::make_optional(conv.shift)),
-                                     conv.pair(0),
-                                     conv.pair(1),
-                                     conv.pair(2),
-                                     from(conv.geometry[6]),
-                                     from(std::string(relu ? "relu" : "none")),
-                                     from(std::vector<double>{}),
-                                     from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("mkldnn::_convolution_pointwise", "",
-                                                      stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
+  return call<1>("mkldnn::_convolution_pointwise", "", x, conv.weight,
+                 std::make_optional(conv.shift), conv.pair(0), conv.pair(1), conv.pair(2),
+                 conv.geometry[6], std::string(relu ? "relu" : "none"), std::vector<double>{},
+                 std::nullopt)[0];
 }
 
 // relu(conv(x) + residual), in the memory of residual where `in_place`.
 Tensor convolve_add_relu(const Tensor& x, const Convolution& conv, const Tensor& residual,
                          bool in_place) {
-  std::array<StableIValue, 13> stack{from(in_place ? residual : x),
-                                     from(in_place ? x : residual),
-                                     from(conv.weight),
-                                     from(std::make_optional(conv.shift)),
-                                     conv.pair(0),
-                                     conv.pair(1),
-                                     conv.pair(2),
-                                     from(conv.geometry[6]),
-                                     from(std::string("add")),
-                                     from(std::nullopt),
-                                     from(std::make_optional(std::string("relu"))),
-                                     from(std::vector<double>{}),
-                                     from(std::nullopt)};
   const char* op = in_place ? "mkldnn::_convolution_pointwise_" : "mkldnn::_convolution_pointwise";
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(op, "binary", stack.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(stack[0]);
+  return call<1>(op, "binary", in_place ? residual : x, in_place ? x : residual, conv.weight,
+                 std::make_optional(conv.shift), conv.pair(0), conv.pair(1), conv.pair(2),
+                 conv.geometry[6], std::string("add"), std::nullopt,
+                 std::make_optional(std::string("relu")), std::vector<double>{}, std::nullopt)[0];
 }
 
-// weights, shifts, geometry: one entry (7 numbers) per convolution: those of the first block in order,
-// then the projection of its shortcut if it has one, then the next block. convolutions: how many
-// of them each block has, without the projection; projections: 1 or 0 for each block. x is kept,
-// but the blocks overwrite each other's outputs.
+// weights, shifts, geometry: one entry (7 numbers) per convolution: those of the first block in
+// order, then the projection of its shortcut if it has one, then the next block. convolutions: how
+// many of them each block has, without the projection; projections: 1 or 0 for each block. x is
+// kept, but the blocks overwrite each other's outputs.
 Tensor residual_blocks(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> shifts,
                        std::vector<int64_t> geometry, std::vector<int64_t> convolutions,
                        std::vector<int64_t> projections) {

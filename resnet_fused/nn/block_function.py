@@ -11,11 +11,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from resnet_fused import backends, native, onednn
+from resnet_fused.layout import memory_format
 from resnet_fused.ops.bn_relu import (
     BatchNormArgs,
     bn_relu_apply,
     bn_relu_backward,
     bn_relu_with_statistics,
+    count_as_edited,
 )
 
 
@@ -67,25 +70,11 @@ class _ResidualBlock(torch.autograd.Function):
     def forward(
         ctx: Any, plans: list[_Plan], has_shortcut: bool, x: Tensor, *tensors: Tensor | None
     ) -> Tensor:
-        branches = _branches(plans, tensors)
-        main = branches[:-1] if has_shortcut else branches
-        kept: list[Tensor] = []  # y, mean, invstd of every branch
-        z = x
-        for branch in main[:-1]:
-            y = _convolve(z, branch)
-            z, mean, invstd, *_ = bn_relu_with_statistics(y, branch.bn)
-            kept += (y, mean, invstd)
-        y = _convolve(z, main[-1])
-        if has_shortcut:
-            residual, residual_bn = _convolve(x, branches[-1]), branches[-1].bn
+        ctx.native = _runs_natively(x)
+        if ctx.native:
+            out, *kept = _native_forward(plans, has_shortcut, x, tensors)
         else:
-            residual, residual_bn = x, None
-        out, mean, invstd, *residual_statistics = bn_relu_with_statistics(
-            y, main[-1].bn, residual, residual_bn
-        )
-        kept += (y, mean, invstd)
-        if has_shortcut:
-            kept += (residual, *residual_statistics)
+            out, *kept = _forward(plans, has_shortcut, x, tensors)
         parameters = [t for i, t in enumerate(tensors) if i % _TENSORS < 3]
         ctx.save_for_backward(out, x, *kept, *parameters)
         ctx.plans, ctx.has_shortcut = plans, has_shortcut
@@ -103,9 +92,70 @@ class _ResidualBlock(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             grads = _differentiable_backward(grad_out, x, steps, has_shortcut, needed)
+        elif ctx.native:
+            grads = _native_backward(grad_out, out, x, steps, has_shortcut, needed)
         else:
             grads = _backward(grad_out, out, x, steps, has_shortcut, needed)
         return (None, None, *grads)
+
+
+def _forward(
+    plans: list[_Plan], has_shortcut: bool, x: Tensor, tensors: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """out, then the convolution's output, mean and invstd of every branch."""
+    branches = _branches(plans, tensors)
+    main = branches[:-1] if has_shortcut else branches
+    kept: list[Tensor] = []
+    z = x
+    for branch in main[:-1]:
+        y = _convolve(z, branch)
+        z, mean, invstd, *_ = bn_relu_with_statistics(y, branch.bn)
+        kept += (y, mean, invstd)
+    y = _convolve(z, main[-1])
+    if has_shortcut:
+        residual, residual_bn = _convolve(x, branches[-1]), branches[-1].bn
+    else:
+        residual, residual_bn = x, None
+    out, mean, invstd, *residual_statistics = bn_relu_with_statistics(
+        y, main[-1].bn, residual, residual_bn
+    )
+    kept += (y, mean, invstd)
+    if has_shortcut:
+        kept += (residual, *residual_statistics)
+    return [out, *kept]
+
+
+def _runs_natively(x: Tensor) -> bool:
+    """Whether the compiled extension runs whole blocks on tensors like x."""
+    return (
+        x.is_cpu
+        and memory_format(x) is torch.channels_last
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and onednn.runs(x.dtype, x.numel())
+        and backends.choose("bn_relu", x) is native.launcher("bn_relu")
+    )
+
+
+def _native_forward(
+    plans: list[_Plan], has_shortcut: bool, x: Tensor, tensors: Sequence[Tensor | None]
+) -> list[Tensor]:
+    forward = native.launcher("residual_block_forward")
+    with torch._C._AutoDispatchBelowAutograd():
+        results: list[Tensor] = forward(x, tensors, *_native_settings(plans), has_shortcut)
+    for i, plan in enumerate(plans):
+        if plan.training:
+            count_as_edited(*tensors[_TENSORS * i + 3 : _TENSORS * (i + 1)])
+    return results
+
+
+def _native_settings(plans: list[_Plan]) -> tuple[list[int], list[int], list[float]]:
+    geometry = [
+        number
+        for stride, padding, dilation, groups in (plan.geometry for plan in plans)
+        for number in (*padding, *stride, *dilation, groups)
+    ]
+    training = [int(plan.training) for plan in plans]
+    return geometry, training, [v for plan in plans for v in (plan.momentum, plan.eps)]
 
 
 class _Step(NamedTuple):
@@ -151,6 +201,30 @@ def _backward(
     grads = [grad_z.add_(grad_shortcut) if needed[0] else None]
     for conv_and_bn in branch_grads:
         grads += (*conv_and_bn, None, None)  # the running statistics have no gradient
+    return [grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)]
+
+
+def _native_backward(
+    grad_out: Tensor,
+    out: Tensor,
+    x: Tensor,
+    steps: list[_Step],
+    has_shortcut: bool,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    backward = native.launcher("residual_block_backward")
+    with torch._C._AutoDispatchBelowAutograd():
+        grad_x, grad_shortcut, *branch_grads = backward(
+            *(grad_out.contiguous(memory_format=torch.channels_last), out, x),
+            [t for step in steps for t in (step.y, step.mean, step.invstd)],
+            [t for step in steps for t in (step.weight, step.bn_weight, step.bn_bias, None, None)],
+            *_native_settings([step.plan for step in steps]),
+            has_shortcut,
+            [int(wanted) for i, wanted in enumerate(needed) if i == 0 or i % _TENSORS == 1],
+        )
+    grads = [grad_x.add_(grad_shortcut) if needed[0] else None]
+    for i in range(len(steps)):
+        grads += (*branch_grads[3 * i : 3 * i + 3], None, None)
     return [grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)]
 
 

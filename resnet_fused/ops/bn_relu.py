@@ -142,11 +142,11 @@ def _kernel(*args: Any) -> tuple[Tensor, ...]:
     )
     for updated in (bn, residual_bn):
         if updated.training:
-            _count_as_edited(updated.running_mean, updated.running_var)
+            count_as_edited(updated.running_mean, updated.running_var)
     return outputs
 
 
-def _count_as_edited(*buffers: Tensor | None) -> None:
+def count_as_edited(*buffers: Tensor | None) -> None:
     """Kernels write through pointers: without this, what was folded from the buffers stays."""
     for buffer in buffers:
         if buffer is not None and not buffer.is_inference():

@@ -31,7 +31,8 @@ def conv_bn_relu(
     to relu(F.conv2d(x, weight, None, stride, padding, dilation, groups) * scale + shift + residual)
     with the arithmetic after the products in float32. weight may be wider than x (float32 beside
     bfloat16); under autocast x and residual are cast as conv2d casts them. The output keeps the
-    memory format of x. Differentiable twice.
+    memory format of x. Differentiable twice. NaN passes a ReLU, except where oneDNN applies it
+    (inference on CPUs with a weight seen before), which gives 0.
 
     Raises ValueError on mismatched shapes, channels or devices, on groups that do not divide the
     channels and on stride, padding or dilation out of range; TypeError on tensors that are not
@@ -64,15 +65,17 @@ def conv_bn_relu_(
 
 
 def _pair(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2:
-        raise ValueError(f"conv_bn_relu: {name} must be one int or two, got {value}")
-    return pair
+    pair = (value, value) if isinstance(value, int) else value
+    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+        raise ValueError(f"conv_bn_relu: {name} must be one int or two, got {value!r}")
+    return tuple(pair)
 
 
 def _output_shape(x: Tensor, weight: Tensor, *geometry: Any) -> tuple[int, ...]:
     stride, padding, dilation, groups = geometry
     _checks.check_activation("conv_bn_relu", "x", x)
+    if not isinstance(weight, Tensor):  # the dispatcher lets None pass
+        _checks.check_tensors("conv_bn_relu", weight=weight)
     if weight.dim() != 4 or not weight.is_floating_point():
         raise ValueError(
             "conv_bn_relu: weight must be a floating-point (K, C / groups, R, S) tensor,"
@@ -108,27 +111,52 @@ def _check(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
-    shift: Tensor | None,
+    shift: Tensor,
     residual: Tensor | None,
     geometry: tuple[Any, ...],
 ) -> tuple[int, ...]:
     shape = _output_shape(x, weight, *geometry)
-    for name, vector in (("scale", scale), ("shift", shift)):
-        if vector is None:
-            continue
-        _checks.check_shape(
-            "conv_bn_relu", name, vector, "one value per output channel", (shape[1],)
-        )
-        _checks.check_device("conv_bn_relu", name, vector, "x", x)
+    _check_vector("scale", scale, shape[1], x)
+    _check_vector("shift", shift, shape[1], x)
     if residual is not None:
-        _checks.check_shape("conv_bn_relu", "residual", residual, "the shape of the output", shape)
-        _checks.check_device("conv_bn_relu", "residual", residual, "x", x)
-        if residual.dtype != x.dtype:
-            raise TypeError(
-                "conv_bn_relu: residual must have the dtype of x"
-                f" {x.dtype}, got {residual.dtype} (convert one with .to())"
-            )
+        _check_like_output("conv_bn_relu", "residual", residual, shape, x)
     return shape
+
+
+def _check_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    out: Tensor | None,
+    geometry: tuple[Any, ...],
+) -> None:
+    shape = _output_shape(x, weight, *geometry)
+    _check_vector("scale", scale, shape[1], x)
+    _check_like_output("conv_bn_relu_backward", "grad_out", grad_out, shape, x)
+    if out is not None:
+        _check_like_output("conv_bn_relu_backward", "out", out, shape, x)
+
+
+def _check_vector(name: str, vector: Tensor, channels: int, x: Tensor) -> None:
+    _checks.check_shape("conv_bn_relu", name, vector, "one value per output channel", (channels,))
+    if not vector.is_floating_point():
+        raise TypeError(
+            f"conv_bn_relu: {name} must be a floating-point tensor, got {vector.dtype}"
+        )
+    _checks.check_device("conv_bn_relu", name, vector, "x", x)
+
+
+def _check_like_output(
+    operator: str, name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor
+) -> None:
+    _checks.check_shape(operator, name, tensor, "the shape of the output", shape)
+    _checks.check_device(operator, name, tensor, "x", x)
+    if tensor.dtype != x.dtype:
+        raise TypeError(
+            f"{operator}: {name} must have the dtype of x"
+            f" {x.dtype}, got {tensor.dtype} (convert one with .to())"
+        )
 
 
 def _kernel(
@@ -174,6 +202,9 @@ def _inplace_kernel(
     _check(x, weight, scale, shift, residual, geometry)
     x = x.contiguous(memory_format=memory_format(x))
     backends.choose("conv_bn_relu_", x)(x, weight, scale, shift, residual, relu, *geometry)
+    if not residual.is_inference():
+        # Kernels write through pointers: autograd must see that it was edited.
+        torch.autograd.graph.increment_version(residual)
 
 
 def _inplace_fake(
@@ -224,14 +255,19 @@ def _backward_kernel(
     has_residual: bool,
     *geometry: Any,
 ) -> tuple[Tensor, ...]:
-    _check(x, weight, scale, None, grad_out, geometry)
+    _check_backward(grad_out, x, weight, scale, out, geometry)
     format_ = memory_format(x)
-    grads: tuple[Tensor, ...] = backends.choose("conv_bn_relu_backward", x)(
-        grad_out.contiguous(memory_format=format_),
+    grad_out = grad_out.contiguous(memory_format=format_)
+    grad_x, grad_weight, *grads, grad_residual = backends.choose("conv_bn_relu_backward", x)(
+        grad_out,
         x.contiguous(memory_format=format_),
         *(weight, scale, to_format(out, format_), has_residual, *geometry),
     )
-    return grads
+    if grad_weight.stride() != weight.stride():
+        grad_weight = torch.empty_like(weight).copy_(grad_weight)
+    if grad_residual is grad_out:  # outputs never alias arguments
+        grad_residual = grad_residual.clone()
+    return (grad_x, grad_weight, *grads, grad_residual)
 
 
 def _backward_fake(
@@ -243,12 +279,12 @@ def _backward_fake(
     has_residual: bool,
     *geometry: Any,
 ) -> tuple[Tensor, ...]:
-    _check(x, weight, scale, None, grad_out, geometry)
+    _check_backward(grad_out, x, weight, scale, out, geometry)
     format_ = memory_format(x)
     grad_residual = torch.empty_like(grad_out, memory_format=format_)
     return (
         torch.empty_like(x, memory_format=format_),
-        torch.empty_like(weight, memory_format=torch.contiguous_format),
+        torch.empty_like(weight),
         torch.empty_like(scale),
         torch.empty_like(scale),
         grad_residual if has_residual else x.new_empty(0),

@@ -1,0 +1,112 @@
+#include "cpu/convolution.h"
+
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/HeaderOnlyArrayRef.h>
+
+#include <optional>
+#include <vector>
+
+#include "cpu/dispatch_call.h"
+
+namespace resnet_fused::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// From this many elements of weight on, a 1x1 convolution in 16 bits is run as a matrix product: it
+// packs the weight for each call otherwise, forward and backward, into a layout it uses once. On
+// two cores of a Zen 4, images of 7x7 and batch 8: 400 against 240 GFLOP/s forward, 390 against 200
+// backward for 2048 -> 512 channels; below this size there is no difference.
+constexpr int64_t kMatrixProductWeights = 1 << 19;
+
+// What as_strided needs to see a channels_last image batch as the matrix (n_rows, C) of its pixels.
+struct Pixels {
+  int64_t batch, channels, height, width;
+
+  explicit Pixels(const Tensor& image)
+      : batch(image.size(0)),
+        channels(image.size(1)),
+        height(image.size(2)),
+        width(image.size(3)) {}
+  int64_t rows() const { return batch * height * width; }
+};
+
+Tensor as_strided(const Tensor& t, std::vector<int64_t> sizes, std::vector<int64_t> strides) {
+  return call<1>("aten::as_strided", "", t, sizes, strides, std::nullopt)[0];
+}
+
+Tensor as_matrix(const Tensor& image) {
+  const Pixels pixels(image);
+  return as_strided(image, {pixels.rows(), pixels.channels}, {pixels.channels, 1});
+}
+
+Tensor as_image(const Tensor& matrix, const Pixels& like) {
+  const int64_t channels = matrix.size(1), row = like.width * channels;
+  return as_strided(matrix, {like.batch, channels, like.height, like.width},
+                    {like.height * row, 1, row, channels});
+}
+
+Tensor transposed(const Tensor& matrix) {
+  return as_strided(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
+}
+
+Tensor product(const Tensor& a, const Tensor& b) { return call<1>("aten::mm", "", a, b)[0]; }
+
+bool is_channels_last_dense(const Tensor& t) {
+  return t.stride(1) == 1 && t.stride(3) == t.size(1) && t.stride(2) == t.size(3) * t.stride(3) &&
+         t.stride(0) == t.size(2) * t.stride(2);
+}
+
+bool as_matrix_product(const Tensor& x, const Tensor& weight, const int64_t* geometry) {
+  const bool is_pointwise = weight.size(2) == 1 && weight.size(3) == 1 && geometry[0] == 0 &&
+                            geometry[1] == 0 && geometry[2] == 1 && geometry[3] == 1 &&
+                            geometry[6] == 1;
+  return is_pointwise && x.scalar_type() == ScalarType::BFloat16 &&
+         weight.numel() >= kMatrixProductWeights && is_channels_last_dense(x) && x.numel() > 0;
+}
+
+// (K, C, 1, 1) in any of its equivalent layouts as the matrix (K, C).
+Tensor weight_matrix(const Tensor& weight) {
+  return as_strided(weight, {weight.size(0), weight.size(1)}, {weight.stride(0), weight.stride(1)});
+}
+
+std::vector<int64_t> pair(const int64_t* geometry, int64_t i) {
+  return {geometry[2 * i], geometry[2 * i + 1]};
+}
+
+}  // namespace
+
+Tensor convolve(const Tensor& x, const Tensor& weight, const int64_t* geometry) {
+  if (as_matrix_product(x, weight, geometry)) {
+    return as_image(product(as_matrix(x), transposed(weight_matrix(weight))), Pixels(x));
+  }
+  return call<1>("aten::convolution", "", x, weight, std::nullopt, pair(geometry, 1),
+                 pair(geometry, 0), pair(geometry, 2), false, std::vector<int64_t>{0, 0},
+                 geometry[6])[0];
+}
+
+std::pair<Tensor, Tensor> convolve_backward(const Tensor& grad_y, const Tensor& x,
+                                            const Tensor& weight, const int64_t* geometry,
+                                            bool want_grad_x, bool want_grad_weight) {
+  if (as_matrix_product(x, weight, geometry) && is_channels_last_dense(grad_y)) {
+    const Tensor grad_rows = as_matrix(grad_y);
+    Tensor grad_x, grad_weight;
+    if (want_grad_x) {
+      grad_x = as_image(product(grad_rows, weight_matrix(weight)), Pixels(x));
+    }
+    if (want_grad_weight) {
+      const Tensor matrix = product(transposed(grad_rows), as_matrix(x));
+      grad_weight = as_strided(matrix, {matrix.size(0), matrix.size(1), 1, 1},
+                               {matrix.stride(0), matrix.stride(1), 1, 1});
+    }
+    return {grad_x, grad_weight};
+  }
+  const std::array<bool, 3> mask{want_grad_x, want_grad_weight, false};
+  auto grads =
+      call<3>("aten::convolution_backward", "", grad_y, x, weight, std::nullopt, pair(geometry, 1),
+              pair(geometry, 0), pair(geometry, 2), false, std::vector<int64_t>{0, 0}, geometry[6],
+              torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
+  return {grads[0], grads[1]};
+}
+
+}  // namespace resnet_fused::cpu
