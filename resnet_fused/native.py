@@ -32,7 +32,26 @@ def unsupported_on_cuda(device_type: str, dtype: torch.dtype) -> str | None:
         return f"it runs on cuda tensors, got {device_type}"
     if _extension.load() and not _extension.built_with_cuda():
         return "the extension was built without CUDA"
+    archs = _extension.cuda_archs()
+    for device in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(device)
+        if not any(_runs_on(arch, capability) for arch in archs):
+            return (
+                f"the extension has no code for compute capability {capability[0]}.{capability[1]}"
+                f" (it was built for {', '.join(archs)}; see TORCH_CUDA_ARCH_LIST)"
+            )
     return _unsupported(dtype)
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for `arch`, such as "8.0", "9.0a" or "10.0+PTX", runs on a GPU."""
+    number, _, ptx = arch.partition("+")
+    major, minor = (int(part) for part in number.rstrip("af").split("."))
+    if number.endswith("a"):
+        return capability == (major, minor)
+    if ptx:
+        return capability >= (major, minor)
+    return capability[0] == major and capability[1] >= minor
 
 
 def _unsupported(dtype: torch.dtype) -> str | None:
