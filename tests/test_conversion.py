@@ -27,6 +27,7 @@ import resnet_fused
 from resnet_fused import models
 from resnet_fused.conversion import explain, fuse, unfuse
 from resnet_fused.conversion.swap import FusedBlock
+from resnet_fused.nn import BasicBlock
 
 X = images(3, 8, 9, 7)
 NATIVE = X.contiguous(memory_format=torch.channels_last)
@@ -687,3 +688,25 @@ def test_dynamo_sees_one_graph(training: bool) -> None:
     compiled = torch.compile(fused, backend="eager", fullgraph=True)
     expected = copy.deepcopy(model).train(training)(X)
     torch.testing.assert_close(compiled(X), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [lambda: fuse(Basic(8, 8, 1)), lambda: BasicBlock(8, 8)])
+def test_compiled_blocks_do_not_depend_on_others(make: Callable[[], nn.Module]) -> None:
+    def with_plan() -> nn.Module:
+        block = make().eval()
+        for _ in range(2):
+            block(NATIVE)
+        return block
+
+    with torch.no_grad():
+        first = with_plan()
+    block = make()
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    compiled(NATIVE)
+    with torch.no_grad():
+        second = with_plan()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(NATIVE)
+        del first, second
+        compiled(NATIVE)

@@ -187,15 +187,29 @@ def test_memory_formats(make: Callable[[], nn.Module]) -> None:
         torch.testing.assert_close(out, outs["nchw"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("names", [("conv1",), ("bn1",), ("relu",), ("layer1.0.conv1", "layer1")])
+@pytest.mark.parametrize(
+    "names", [("conv1",), ("bn1",), ("relu",), ("layer1.0.relu",), ("layer1.0.conv1", "layer1")]
+)
 def test_layers_with_hooks_are_called(names: tuple[str, ...]) -> None:
     model = models.resnet20().eval()
     called = []
     for name in names:
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+    for training in (True, False):
+        called.clear()
+        model.train(training)(images(2, 3, 16, 16))
+        assert set(called) == set(names)
     with torch.no_grad():
-        model(images(1, 3, 16, 16))
-    assert sorted(called) == sorted(names)
+        for _ in range(2):
+            called.clear()
+            model(images(2, 3, 16, 16))
+            assert set(called) == set(names)
+
+
+def test_other_activations_in_our_blocks_are_called() -> None:
+    block = resnet_fused.nn.BasicBlock(4, 4)
+    block.relu = nn.Softplus()
+    assert block(images(2, 4, 5, 5)).gt(0).all()
 
 
 def test_stages_in_one_call() -> None:

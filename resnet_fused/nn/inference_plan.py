@@ -22,9 +22,10 @@ def run(blocks: Sequence[nn.Module], x: Tensor) -> Tensor | None:
 
     None, and nothing done, where one of them has no plan or its plan does not apply any more.
     """
-    plans = [_plans.get(block) for block in blocks]
+    # Before the plans are looked up: a graph must not depend on which blocks have one.
     if not _applies(x):
         return None
+    plans = [_plans.get(block) for block in blocks]
     x, current = x.to(_dtype(x)), []
     for block, plan in zip(blocks, plans, strict=True):
         if plan is None:
