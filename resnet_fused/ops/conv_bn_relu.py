@@ -141,9 +141,7 @@ def _check_backward(
 def _check_vector(name: str, vector: Tensor, channels: int, x: Tensor) -> None:
     _checks.check_shape("conv_bn_relu", name, vector, "one value per output channel", (channels,))
     if not vector.is_floating_point():
-        raise TypeError(
-            f"conv_bn_relu: {name} must be a floating-point tensor, got {vector.dtype}"
-        )
+        raise TypeError(f"conv_bn_relu: {name} must be a floating-point tensor, got {vector.dtype}")
     _checks.check_device("conv_bn_relu", name, vector, "x", x)
 
 
