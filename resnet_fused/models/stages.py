@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from resnet_fused.nn import BasicBlock, Bottleneck, inference_plan
 from resnet_fused.nn.blocks import conv_bn_relu
-from resnet_fused.nn.pairs import has_hooks
+from resnet_fused.nn.pairs import has_hooks, is_plain_relu
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -18,8 +18,8 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def run_stem(x: Tensor, conv: nn.Module, bn: nn.Module, relu: nn.Module) -> Tensor:
-    """relu(bn(conv(x))), fused where nobody listens to the three."""
-    out = None if has_hooks(relu) else conv_bn_relu(x, conv, bn)
+    """relu(bn(conv(x))), fused where that is all that the three do."""
+    out = conv_bn_relu(x, conv, bn) if is_plain_relu(relu) else None
     return relu(bn(conv(x))) if out is None else out
 
 

@@ -33,6 +33,11 @@ def as_pair(downsample: nn.Module | None) -> Pair | None:
     return (conv, bn) if is_pair(conv, bn) else None  # type: ignore[return-value]
 
 
+def is_plain_relu(module: nn.Module) -> bool:
+    """Whether the module is a ReLU, and nothing else, that nobody listens to."""
+    return type(module) is nn.ReLU and not has_hooks(module)
+
+
 def calls_are_plain() -> bool:
     """Whether calling a module runs it and nothing else: no tracing, transform or global hook."""
     return (

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from resnet_fused.nn import blocks, inference_plan
+from resnet_fused.nn.pairs import is_plain_relu
 from resnet_fused.nn.pairs import has_hooks
 
 
