@@ -10,5 +10,6 @@ const Kernels& kernels();
 
 }  // namespace resnet_fused::cpu
 
-// "default", "avx2", "avx512" or "avx512_bf16", or what is wrong with RESNET_FUSED_CPU_ISA; never throws.
+// "default", "avx2", "avx512" or "avx512_bf16", or what is wrong with RESNET_FUSED_CPU_ISA; never
+// throws.
 const char* resnet_fused_cpu_isa();

@@ -1,6 +1,6 @@
 // The inner loops, compiled once per instruction set into namespace RESNET_FUSED_ISA. All of them
-// round alike on every instruction set: there is no fused multiply-add, and the order of a sum
-// does not depend on the vector length.
+// round alike on every instruction set (but for subnormal bfloat16 results, see vec.inl): there is
+// no fused multiply-add, and the order of a sum does not depend on the vector length.
 #include "cpu/kernels.h"
 
 namespace resnet_fused::cpu::RESNET_FUSED_ISA {
@@ -142,19 +142,19 @@ void statistics_kernel(Matrix m, StatisticsArgs args) {
   for_each_group(m, [&](int64_t offset, const Matrix& group) {
     sums.clear(m.end - m.begin);
     squares.clear(m.end - m.begin);
-    for_each_block<T>(group,
-                      [&](int64_t row, auto rows, int64_t column, auto n) RESNET_FUSED_INLINE_BODY {
-                        const Vec<T> guess = guesses.at(column - m.begin);
-                        Vec<T> sum{}, square{};
-                        for (int64_t r = row; r < row + rows; ++r) {
-                          Vec<T> d = load(x + offset + r * m.width + column, n);
-                          if constexpr (kDifferences) d -= guess;
-                          sum += d;
-                          square += d * d;
-                        }
-                        sums.add(column - m.begin, sum);
-                        squares.add(column - m.begin, square);
-                      });
+    const auto body = [&](int64_t row, auto rows, int64_t column, auto n) RESNET_FUSED_INLINE_BODY {
+      const Vec<T> guess = guesses.at(column - m.begin);
+      Vec<T> sum{}, square{};
+      for (int64_t r = row; r < row + rows; ++r) {
+        Vec<T> d = load(x + offset + r * m.width + column, n);
+        if constexpr (kDifferences) d -= guess;
+        sum += d;
+        square += d * d;
+      }
+      sums.add(column - m.begin, sum);
+      squares.add(column - m.begin, square);
+    };
+    for_each_block<T>(group, body);
     const Scalar<T> rows = static_cast<Scalar<T>>(group.rows);
     for_each_column<T>(m, [&](int64_t column, auto n) RESNET_FUSED_INLINE_BODY {
       const Vec<T> shift = load_channels<T>(args.shift, column, n);
@@ -178,30 +178,29 @@ void apply_kernel(Matrix m, ApplyArgs args) {
   const T* x = static_cast<const T*>(args.x);
   const T* residual = static_cast<const T*>(args.residual);
   T* out = static_cast<T*>(args.out);
-  for_each_block<T>(m,
-                    [&](int64_t row, auto rows, int64_t column, auto n) RESNET_FUSED_INLINE_BODY {
-                      const auto bn = load_affine<T>(args.bn, column, n);
-                      LoadedAffine<T> residual_bn{};
-                      if constexpr (kResidual == kBatchNormResidual) {
-                        residual_bn = load_affine<T>(args.residual_bn, column, n);
-                      }
-                      for (int64_t r = 0; r < rows; ++r) {
-                        const int64_t i = (row + r) * m.width + column;
-                        Vec<T> v = bn(load(x + i, n));
-                        if constexpr (kResidual == kPlainResidual) v += load(residual + i, n);
-                        if constexpr (kResidual == kBatchNormResidual)
-                          v += residual_bn(load(residual + i, n));
-                        store(out + i, kRelu ? relu(v) : v, n);
-                      }
-                    });
+  const auto body = [&](int64_t row, auto rows, int64_t column, auto n) RESNET_FUSED_INLINE_BODY {
+    const auto bn = load_affine<T>(args.bn, column, n);
+    LoadedAffine<T> residual_bn{};
+    if constexpr (kResidual == kBatchNormResidual) {
+      residual_bn = load_affine<T>(args.residual_bn, column, n);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = (row + r) * m.width + column;
+      Vec<T> v = bn(load(x + i, n));
+      if constexpr (kResidual == kPlainResidual) v += load(residual + i, n);
+      if constexpr (kResidual == kBatchNormResidual) v += residual_bn(load(residual + i, n));
+      store(out + i, kRelu ? relu(v) : v, n);
+    }
+  };
+  for_each_block<T>(m, body);
 }
 
 // The gradient behind the ReLU: grad_out where the ReLU's input was not <= 0.
 template <class T, Mask kMask, class N>
-RESNET_FUSED_INLINE Vec<T> masked(const T* grad_out, const T* out, Vec<T> x,
+RESNET_FUSED_INLINE Vec<T> masked(const T* grad_out, const T* out, int64_t i, Vec<T> x,
                                   const LoadedAffine<T>& bn, N n) {
-  const Vec<T> g = load(grad_out, n);
-  if constexpr (kMask == kMaskFromOut) return load(out, n) <= 0 ? Vec<T>{} : g;
+  const Vec<T> g = load(grad_out + i, n);
+  if constexpr (kMask == kMaskFromOut) return load(out + i, n) <= 0 ? Vec<T>{} : g;
   if constexpr (kMask == kMaskFromX) return bn(x) <= Element<T>::kRoundsToZero ? Vec<T>{} : g;
   return g;
 }
@@ -218,34 +217,33 @@ void reduce_kernel(Matrix m, ReduceArgs args) {
     sum_dy.clear(m.end - m.begin);
     sum_dy_x.clear(m.end - m.begin);
     if constexpr (kResidual == kBatchNormResidual) sum_dy_residual.clear(m.end - m.begin);
-    for_each_block<T>(group,
-                      [&](int64_t row, auto rows, int64_t column, auto n) RESNET_FUSED_INLINE_BODY {
-                        LoadedAffine<T> bn{};
-                        bn.mean = load_channels<T>(args.bn.mean, column, n);
-                        if constexpr (kMask == kMaskFromX) bn = load_affine<T>(args.bn, column, n);
-                        Vec<T> residual_mean{};
-                        if constexpr (kResidual == kBatchNormResidual) {
-                          residual_mean = load_channels<T>(args.residual_bn.mean, column, n);
-                        }
-                        Vec<T> dy_sum{}, dy_x_sum{}, dy_residual_sum{};
-                        for (int64_t r = row; r < row + rows; ++r) {
-                          const int64_t i = offset + r * m.width + column;
-                          const Vec<T> x_i = load(x + i, n);
-                          const Vec<T> dy = masked<T, kMask>(grad_out + i, out + i, x_i, bn, n);
-                          dy_sum += dy;
-                          dy_x_sum += dy * (x_i - bn.mean);
-                          if constexpr (kResidual == kPlainResidual)
-                            store(grad_residual + i, dy, n);
-                          if constexpr (kResidual == kBatchNormResidual) {
-                            dy_residual_sum += dy * (load(residual + i, n) - residual_mean);
-                          }
-                        }
-                        sum_dy.add(column - m.begin, dy_sum);
-                        sum_dy_x.add(column - m.begin, dy_x_sum);
-                        if constexpr (kResidual == kBatchNormResidual) {
-                          sum_dy_residual.add(column - m.begin, dy_residual_sum);
-                        }
-                      });
+    const auto body = [&](int64_t row, auto rows, int64_t column, auto n) RESNET_FUSED_INLINE_BODY {
+      LoadedAffine<T> bn{};
+      bn.mean = load_channels<T>(args.bn.mean, column, n);
+      if constexpr (kMask == kMaskFromX) bn = load_affine<T>(args.bn, column, n);
+      Vec<T> residual_mean{};
+      if constexpr (kResidual == kBatchNormResidual) {
+        residual_mean = load_channels<T>(args.residual_bn.mean, column, n);
+      }
+      Vec<T> dy_sum{}, dy_x_sum{}, dy_residual_sum{};
+      for (int64_t r = row; r < row + rows; ++r) {
+        const int64_t i = offset + r * m.width + column;
+        const Vec<T> x_i = load(x + i, n);
+        const Vec<T> dy = masked<T, kMask>(grad_out, out, i, x_i, bn, n);
+        dy_sum += dy;
+        dy_x_sum += dy * (x_i - bn.mean);
+        if constexpr (kResidual == kPlainResidual) store(grad_residual + i, dy, n);
+        if constexpr (kResidual == kBatchNormResidual) {
+          dy_residual_sum += dy * (load(residual + i, n) - residual_mean);
+        }
+      }
+      sum_dy.add(column - m.begin, dy_sum);
+      sum_dy_x.add(column - m.begin, dy_x_sum);
+      if constexpr (kResidual == kBatchNormResidual) {
+        sum_dy_residual.add(column - m.begin, dy_residual_sum);
+      }
+    };
+    for_each_block<T>(group, body);
     add_columns<T>(m, args.sum_dy, sum_dy);
     add_columns<T>(m, args.sum_dy_x, sum_dy_x);
     if constexpr (kResidual == kBatchNormResidual) {
@@ -286,27 +284,26 @@ void gradients_kernel(Matrix m, GradientArgs args) {
   const T* residual = static_cast<const T*>(args.residual);
   T* grad_x = static_cast<T*>(args.grad_x);
   T* grad_residual = static_cast<T*>(args.grad_residual);
-  for_each_block<T>(
-      m, [&](int64_t row, auto rows, int64_t column, auto n) RESNET_FUSED_INLINE_BODY {
-        LoadedAffine<T> bn{};
-        if constexpr (kMask == kMaskFromX) bn = load_affine<T>(args.bn, column, n);
-        const auto projection = load_projection<T, kTraining>(args.bn, args.projection, column, n);
-        LoadedProjection<T, kResidualTraining> residual_projection{};
-        if constexpr (kResidualBn) {
-          residual_projection = load_projection<T, kResidualTraining>(
-              args.residual_bn, args.residual_projection, column, n);
-        }
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t i = (row + r) * m.width + column;
-          Vec<T> x_i{}, residual_i{};
-          if constexpr (kTraining || kMask == kMaskFromX) x_i = load(x + i, n);
-          if constexpr (kResidualBn && kResidualTraining) residual_i = load(residual + i, n);
-          const Vec<T> dy = masked<T, kMask>(grad_out + i, out + i, x_i, bn, n);
-          store(grad_x + i, projection(dy, x_i), n);
-          if constexpr (kResidualBn)
-            store(grad_residual + i, residual_projection(dy, residual_i), n);
-        }
-      });
+  const auto body = [&](int64_t row, auto rows, int64_t column, auto n) RESNET_FUSED_INLINE_BODY {
+    LoadedAffine<T> bn{};
+    if constexpr (kMask == kMaskFromX) bn = load_affine<T>(args.bn, column, n);
+    const auto projection = load_projection<T, kTraining>(args.bn, args.projection, column, n);
+    LoadedProjection<T, kResidualTraining> residual_projection{};
+    if constexpr (kResidualBn) {
+      residual_projection = load_projection<T, kResidualTraining>(
+          args.residual_bn, args.residual_projection, column, n);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = (row + r) * m.width + column;
+      Vec<T> x_i{}, residual_i{};
+      if constexpr (kTraining || kMask == kMaskFromX) x_i = load(x + i, n);
+      if constexpr (kResidualBn && kResidualTraining) residual_i = load(residual + i, n);
+      const Vec<T> dy = masked<T, kMask>(grad_out, out, i, x_i, bn, n);
+      store(grad_x + i, projection(dy, x_i), n);
+      if constexpr (kResidualBn) store(grad_residual + i, residual_projection(dy, residual_i), n);
+    }
+  };
+  for_each_block<T>(m, body);
 }
 
 template <class T, Residual kResidual>

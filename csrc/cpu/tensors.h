@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "common/checks.h"
@@ -126,7 +127,6 @@ struct Geometry {
   static constexpr int64_t kPlaneWidth = 16;
   // Wide enough that few rows end inside a register and loops are long.
   static constexpr int64_t kGoodWidth = 256;
-  static constexpr int64_t kTileWidth = kMaxSumColumns;
   static constexpr int64_t kChunkElements = 131072;
   static constexpr int64_t kMaxChunks = 64;
 
@@ -147,7 +147,7 @@ struct Geometry {
       rows = elements / width;
       tail = elements % width;
       columns = width;
-      const int64_t smallest = kChunkElements / std::min(width, kTileWidth);
+      const int64_t smallest = kChunkElements / std::min(width, kMaxSumColumns);
       chunk = std::max(ceil_div(rows, kMaxChunks), smallest);
       chunk = ceil_div(chunk, 32) * 32;
       chunks = std::max<int64_t>(1, ceil_div(rows, chunk));
@@ -207,12 +207,12 @@ struct Geometry {
   void for_each_chunk(const Run& run) const {
     if (batch * plane * channels == 0) return;
     if (channels_last) {
-      const int64_t tiles = ceil_div(width, kTileWidth);
+      const int64_t tiles = ceil_div(width, kMaxSumColumns);
       torch::stable::parallel_for(0, chunks * tiles, 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
           const int64_t c = task / tiles;
-          const int64_t first = task % tiles * kTileWidth;
-          const int64_t last = std::min(first + kTileWidth, width);
+          const int64_t first = task % tiles * kMaxSumColumns;
+          const int64_t last = std::min(first + kMaxSumColumns, width);
           const int64_t begin_row = c * chunk, end_row = std::min(begin_row + chunk, rows);
           run(c, begin_row * width, Matrix{end_row - begin_row, width, first, last}, 0);
           if (c == chunks - 1 && first < tail) {
