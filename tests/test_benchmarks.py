@@ -76,18 +76,18 @@ def test_operator_benchmark(operator: str, run: Callable[..., Done], tmp_path: P
 
 def test_resnet_benchmark(run: Callable[..., Done], tmp_path: Path) -> None:
     done = run(
-        "bench_resnet.py", "--model", "resnet18", "--size", "32", "--batch", "1,2",
+        "bench_resnet.py", "--model", "resnet18", "--size", "32", "--batch", "2",
         "--seconds", "0", "--providers", "eager_nchw,onnxruntime,openvino,fused",
     )  # fmt: skip
     assert done.status == 0, done.out + done.err
     rows = rows_of(tmp_path, "resnet")
     timed = {(row["mode"], row["dtype"], row["batch"], row["provider"]) for row in rows}
     for dtype in ("float32", "bfloat16"):
-        assert {("eval", dtype, batch, "fused") for batch in "12"} <= timed
+        assert ("eval", dtype, "2", "fused") in timed
         assert ("train", dtype, "2", "fused") in timed
-        assert ("eval", dtype, "1", "eager_nchw") in timed
+        assert ("eval", dtype, "2", "eager_nchw") in timed
     for engine in ("onnxruntime", "openvino"):
-        assert ("eval", "float32", "1", engine) in timed or f"skipped {engine}: " in done.err
+        assert ("eval", "float32", "2", engine) in timed or f"skipped {engine}: " in done.err
     assert "skipped onnxruntime: " in done.err  # in bfloat16, which it does not have
     assert all(float(row["images_per_s"]) > 0 for row in rows)
 

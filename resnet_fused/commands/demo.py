@@ -52,12 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     device = verify.checked_device(arguments.device)
     report.load_pyplot()  # everything that may be missing is asked for before the long work
-    data = digits.load(size=8 if arguments.quick else 32)
+    data = digits.load(size=8 if arguments.quick else 16)
     pair, images, sources = _network_and_images(arguments)
     with output_folder(arguments.out) as out:
         dtype = verify.DTYPES[arguments.dtype]
         print(f"1/3 training on {len(data.train_images)} digits", flush=True)
-        training = digits.train_both(data, 4, device, dtype)
+        training = digits.train_both(data, 3 if arguments.quick else 5, device, dtype)
         print(training_text(training), flush=True)
         print(f"\n2/3 checking {arguments.model} against float64 ({sources})", flush=True)
         small = images[:2, :, :CHECK_SIZE, :CHECK_SIZE]

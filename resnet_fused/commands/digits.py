@@ -20,7 +20,7 @@ EXACT_STEPS = 5
 EXACT_BATCH = 32
 EXACT_ALLOWED = 1e-9  # relative; float64 rounds at 1e-16, which five steps enlarge a thousandfold
 TEST_IMAGES = 360
-RATE = 0.02
+RATE = 0.01
 
 
 class Digits(NamedTuple):
@@ -132,7 +132,7 @@ def train_both(
     epochs: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    batch: int = 64,
+    batch: int = 32,
     wrap_fused: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> Comparison:
     """Train ResNet-20 with eager and with fused blocks, step by step side by side.
