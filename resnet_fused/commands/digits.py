@@ -141,7 +141,7 @@ def train_both(
     to break the fused network and see the comparison fail.
     """
     torch.manual_seed(0)
-    fused = models.resnet20(in_channels=1)
+    fused: nn.Module = models.resnet20(in_channels=1)
     eager = eager_twin(fused)
     control = copy.deepcopy(eager)
     fused = wrap_fused(fused)

@@ -13,8 +13,13 @@ from typing import Any, NamedTuple
 from resnet_fused.commands import environment
 from resnet_fused.commands.console import attempt, table
 
-REINSTALL = "pip install --force-reinstall --no-deps resnet_fused"
+SOURCE_TREE = environment.PACKAGE.parent
 SOURCE = "pip install --no-build-isolation ."
+REINSTALL = (
+    f"cd {SOURCE_TREE} && python setup.py build_ext --inplace"
+    if (SOURCE_TREE / "setup.py").is_file()
+    else "pip install --force-reinstall --no-deps resnet_fused"
+)
 PACKAGES = ("triton", "numpy", "torchvision", "timm", "onnxruntime", "openvino")
 
 
@@ -79,6 +84,14 @@ def diagnose(report: dict[str, Any]) -> list[Finding]:
                 REINSTALL,
             )
         )
+    elif report["computes"]["default_error"]:
+        found.append(
+            Finding(
+                f"an extension that fits this version ({report['computes']['default_error']})",
+                'operators fail unless RESNET_FUSED_BACKEND is "reference"',
+                REINSTALL,
+            )
+        )
     extension, gpus = report["extension"], report["gpus"]
     if not extension.get("loaded"):
         why = extension.get("reason") or extension["error"]
@@ -86,7 +99,7 @@ def diagnose(report: dict[str, Any]) -> list[Finding]:
             Finding(
                 f"the compiled extension ({why})",
                 "results are the same, but fused layers run in plain PyTorch: no gain in speed",
-                f"{REINSTALL} (or {SOURCE} in the source tree, with g++ installed)",
+                f"{REINSTALL} (a C++ compiler is needed)",
             )
         )
     found += _gpu_findings(report, gpus, extension)
@@ -129,7 +142,7 @@ def _gpu_findings(
             Finding(
                 "CUDA kernels in the extension (it was built for the CPU alone)",
                 f"on the {gpus[0]['name']} fused layers run in plain PyTorch",
-                f"CUDA_HOME=/usr/local/cuda RESNET_FUSED_BUILD=cuda {SOURCE}",
+                f"CUDA_HOME=/usr/local/cuda RESNET_FUSED_BUILD=cuda {SOURCE} (in a source tree)",
             )
         )
     if report["triton"].get("error"):
@@ -221,13 +234,23 @@ def _backends() -> dict[str, Any]:
 
 
 def _computes() -> dict[str, Any]:
+    from resnet_fused import backends
+
+    with backends.backend("reference"):
+        _check_operators()
+    # The backends of choice may be broken, say by an extension of another version.
+    _, error = attempt(_check_operators)
+    return {"ok": True, "default_error": error}
+
+
+def _check_operators() -> None:
     import torch
 
-    from resnet_fused import backends, ops
+    from resnet_fused import ops
 
     x = torch.ones(1, 2, 3, 3)
     one, zero = torch.ones(2), torch.zeros(2)
-    with torch.no_grad(), backends.backend("reference"):
+    with torch.no_grad():
         results = {
             "add_relu": (ops.add_relu(x, x), 2),
             "bn_relu": (ops.bn_relu(x, one, one, zero, one, residual=x, eps=0.0), 3),
@@ -236,7 +259,6 @@ def _computes() -> dict[str, Any]:
     wrong = [name for name, (out, value) in results.items() if not torch.equal(out, x * value)]
     if wrong:
         raise RuntimeError(f"wrong results from {', '.join(wrong)}")
-    return {"ok": True}
 
 
 def _text(report: dict[str, Any], findings: list[Finding]) -> str:
@@ -284,15 +306,18 @@ def _extension_text(extension: dict[str, Any]) -> str:
         return f"not loaded: {extension.get('reason') or extension['error']}"
     build = extension["build"]
     cuda = f"CUDA for {', '.join(extension['archs'])}" if extension["cuda"] else "no CUDA"
-    return f"loaded; {cuda}; CPU code path {build['isa']}; built by {build['compiler']}"
+    return f"loaded; {cuda}; CPU code path {build['isa']}; compiler {build['compiler']}"
 
 
 def _cpu_text(cpu: dict[str, Any]) -> str:
     if cpu["error"]:
         return cpu["error"]
-    onednn = "with oneDNN" if cpu["onednn"] else "without oneDNN"
     isa = " ".join(cpu["isa"]) or "no vector instruction set known"
-    return f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {isa}, {onednn}"
+    text = f"{cpu['name']}, {cpu['cores']} cores, {isa}"
+    if cpu["threads"] is None:
+        return text
+    onednn = "with oneDNN" if cpu["onednn"] else "without oneDNN"
+    return f"{text}; {cpu['threads']} threads, {onednn}"
 
 
 def _backend_lines(backends: dict[str, Any]) -> list[str]:
