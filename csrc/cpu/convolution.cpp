@@ -19,32 +19,38 @@ using torch::headeronly::ScalarType;
 // backward for 2048 -> 512 channels; below this size there is no difference.
 constexpr int64_t kMatrixProductWeights = 1 << 19;
 
-// What as_strided needs to see a channels_last image batch as the matrix (n_rows, C) of its pixels.
-struct Pixels {
-  int64_t batch, channels, height, width;
-
-  explicit Pixels(const Tensor& image)
-      : batch(image.size(0)),
-        channels(image.size(1)),
-        height(image.size(2)),
-        width(image.size(3)) {}
-  int64_t rows() const { return batch * height * width; }
-};
-
 Tensor as_strided(const Tensor& t, std::vector<int64_t> sizes, std::vector<int64_t> strides) {
   return call<1>("aten::as_strided", "", t, sizes, strides, std::nullopt)[0];
 }
 
-Tensor as_matrix(const Tensor& image) {
-  const Pixels pixels(image);
-  return as_strided(image, {pixels.rows(), pixels.channels}, {pixels.channels, 1});
-}
+// The pixels of a channels_last image that a 1x1 convolution visits.
+struct Pixels {
+  int64_t batch, height, width, channels;
+  std::vector<int64_t> strides;  // of (batch, height, width, channels)
 
-Tensor as_image(const Tensor& matrix, const Pixels& like) {
-  const int64_t channels = matrix.size(1), row = like.width * channels;
-  return as_strided(matrix, {like.batch, channels, like.height, like.width},
-                    {like.height * row, 1, row, channels});
-}
+  Pixels(const Tensor& image, const int64_t* stride)
+      : batch(image.size(0)),
+        height((image.size(2) - 1) / stride[0] + 1),
+        width((image.size(3) - 1) / stride[1] + 1),
+        channels(image.size(1)),
+        strides{image.stride(0), stride[0] * image.stride(2), stride[1] * image.stride(3), 1} {}
+
+  int64_t rows() const { return batch * height * width; }
+  Tensor view(const Tensor& image) const {
+    return as_strided(image, {batch, height, width, channels}, strides);
+  }
+  // (rows, channels); a copy where pixels are left out.
+  Tensor matrix(const Tensor& image) const {
+    return call<1>("aten::reshape", "", view(image), std::vector<int64_t>{rows(), channels})[0];
+  }
+  // An image of as many pixels, whose channels are the columns of `matrix`.
+  Tensor image(const Tensor& matrix) const {
+    const int64_t pixel = matrix.size(1), row = width * pixel;
+    return as_strided(matrix, {batch, pixel, height, width}, {height * row, 1, row, pixel});
+  }
+};
+
+constexpr int64_t kEveryPixel[] = {1, 1};
 
 Tensor transposed(const Tensor& matrix) {
   return as_strided(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
@@ -59,8 +65,7 @@ bool is_channels_last_dense(const Tensor& t) {
 
 bool as_matrix_product(const Tensor& x, const Tensor& weight, const int64_t* geometry) {
   const bool is_pointwise = weight.size(2) == 1 && weight.size(3) == 1 && geometry[0] == 0 &&
-                            geometry[1] == 0 && geometry[2] == 1 && geometry[3] == 1 &&
-                            geometry[6] == 1;
+                            geometry[1] == 0 && geometry[6] == 1;
   return is_pointwise && x.scalar_type() == ScalarType::BFloat16 &&
          weight.numel() >= kMatrixProductWeights && is_channels_last_dense(x) && x.numel() > 0;
 }
@@ -78,7 +83,8 @@ std::vector<int64_t> pair(const int64_t* geometry, int64_t i) {
 
 Tensor convolve(const Tensor& x, const Tensor& weight, const int64_t* geometry) {
   if (as_matrix_product(x, weight, geometry)) {
-    return as_image(product(as_matrix(x), transposed(weight_matrix(weight))), Pixels(x));
+    const Pixels pixels(x, geometry + 2);
+    return pixels.image(product(pixels.matrix(x), transposed(weight_matrix(weight))));
   }
   return call<1>("aten::convolution", "", x, weight, std::nullopt, pair(geometry, 1),
                  pair(geometry, 0), pair(geometry, 2), false, std::vector<int64_t>{0, 0},
@@ -89,13 +95,24 @@ std::pair<Tensor, Tensor> convolve_backward(const Tensor& grad_y, const Tensor& 
                                             const Tensor& weight, const int64_t* geometry,
                                             bool want_grad_x, bool want_grad_weight) {
   if (as_matrix_product(x, weight, geometry) && is_channels_last_dense(grad_y)) {
-    const Tensor grad_rows = as_matrix(grad_y);
+    const Pixels pixels(x, geometry + 2);
+    const Tensor grad_rows = Pixels(grad_y, kEveryPixel).matrix(grad_y);
     Tensor grad_x, grad_weight;
     if (want_grad_x) {
-      grad_x = as_image(product(grad_rows, weight_matrix(weight)), Pixels(x));
+      const Tensor rows = product(grad_rows, weight_matrix(weight));
+      if (pixels.rows() * pixels.channels == x.numel()) {
+        grad_x = pixels.image(rows);
+      } else {
+        grad_x = torch::stable::empty_like(x);
+        torch::stable::zero_(grad_x);
+        const std::vector<int64_t> sizes{pixels.batch, pixels.height, pixels.width,
+                                         pixels.channels};
+        call<1>("aten::copy_", "", pixels.view(grad_x),
+                call<1>("aten::reshape", "", rows, sizes)[0], false);
+      }
     }
     if (want_grad_weight) {
-      const Tensor matrix = product(transposed(grad_rows), as_matrix(x));
+      const Tensor matrix = product(transposed(grad_rows), pixels.matrix(x));
       grad_weight = as_strided(matrix, {matrix.size(0), matrix.size(1), 1, 1},
                                {matrix.stride(0), matrix.stride(1), 1, 1});
     }
