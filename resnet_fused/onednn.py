@@ -103,6 +103,13 @@ def conv_bn_relu_(
     dilation: Sequence[int],
     groups: int,
 ) -> None:
+    native_format = torch.channels_last
+    if residual.is_contiguous() or not residual.is_contiguous(memory_format=native_format):
+        # There PyTorch adds in a second pass, which rounds again and does not take bfloat16.
+        other = to_format(residual, memory_format(x))
+        convolution = (stride, padding, dilation, groups)
+        residual.copy_(conv_bn_relu(x, weight, scale, shift, other, relu, *convolution))
+        return
     geometry = (tuple(padding), tuple(stride), tuple(dilation), groups)
     packed = _packed(x, weight, scale, shift, geometry)
     if packed is None:
@@ -199,8 +206,9 @@ def _packed(
     use = (x.shape, x.dtype, geometry)
     packed = weights.packed.get(use)
     if packed is None:
-        if len(weights.packed) == SHAPES_KEPT:
-            del weights.packed[next(iter(weights.packed))]
+        if len(weights.packed) >= SHAPES_KEPT:
+            oldest, *_ = weights.packed
+            weights.packed.pop(oldest, None)  # another thread may have done so
         convolution = Convolution(weight, scale, shift, geometry)
         packed = weights.packed[use] = _pack(x.shape, x.dtype, convolution)
     return packed

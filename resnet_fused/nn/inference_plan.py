@@ -31,7 +31,7 @@ def run(blocks: Sequence[nn.Module], x: Tensor) -> Tensor | None:
         if plan is None:
             return None
         if not plan.is_current():
-            del _plans[block]
+            _plans.pop(block, None)  # another thread may have done so
             return None
         current.append(plan)
     shape, packed = tuple(x.shape), []
@@ -126,8 +126,9 @@ class _Plan:
         key = (x_shape, dtype)
         packed = self._packed.get(key)
         if packed is None:
-            if len(self._packed) == onednn.SHAPES_KEPT:
-                del self._packed[next(iter(self._packed))]
+            if len(self._packed) >= onednn.SHAPES_KEPT:
+                oldest, *_ = self._packed
+                self._packed.pop(oldest, None)
             packed = self._packed[key] = onednn.pack_block(
                 *(x_shape, dtype, self._convolutions(), self._has_projection)
             )

@@ -172,7 +172,8 @@ def _kernel(
         x.contiguous(memory_format=format_),
         *(weight, scale, shift, to_format(residual, format_), relu, *geometry),
     )
-    return out
+    # With one channel in, x has both formats now, and out has one of them.
+    return out.contiguous(memory_format=format_)
 
 
 def _fake(
