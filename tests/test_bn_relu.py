@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 import resnet_fused as rf
 from resnet_fused.ops import BatchNormArgs, bn_relu
-from resnet_fused.ops.bn_relu import bn_relu_apply, bn_relu_backward, bn_relu_with_statistics
+from resnet_fused.ops.bn_relu import bn_relu_apply, bn_relu_with_statistics
 
 ops = torch.ops.resnet_fused
 native = torch.ops.resnet_fused_native
