@@ -77,7 +77,9 @@ def conv_bn_relu(
 ) -> Tensor:
     geometry = (tuple(padding), tuple(stride), tuple(dilation), groups)
     packed = _packed(x, weight, scale, shift, geometry)
-    if packed is None:
+    # PyTorch adds in a second pass that does not take bfloat16 to grouped convolutions in NCHW.
+    unfused = residual is not None and groups > 1 and x.is_contiguous()
+    if packed is None or unfused:
         return _convolution_then_affine(x, weight, scale, shift, residual, relu, geometry)
     if residual is None:
         out: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
