@@ -77,9 +77,8 @@ def conv_bn_relu(
 ) -> Tensor:
     geometry = (tuple(padding), tuple(stride), tuple(dilation), groups)
     packed = _packed(x, weight, scale, shift, geometry)
-    # PyTorch adds in a second pass that does not take bfloat16 to grouped convolutions in NCHW.
-    unfused = residual is not None and groups > 1 and x.is_contiguous()
-    if packed is None or unfused:
+    # To grouped convolutions PyTorch adds in a second pass, which does not take bfloat16.
+    if packed is None or (residual is not None and groups > 1):
         return _convolution_then_affine(x, weight, scale, shift, residual, relu, geometry)
     if residual is None:
         out: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
@@ -105,8 +104,8 @@ def conv_bn_relu_(
     dilation: Sequence[int],
     groups: int,
 ) -> None:
-    native_format = torch.channels_last
-    if residual.is_contiguous() or not residual.is_contiguous(memory_format=native_format):
+    native_format = residual.is_contiguous(memory_format=torch.channels_last)
+    if groups > 1 or not native_format or residual.is_contiguous():
         # There PyTorch adds in a second pass, which rounds again and does not take bfloat16.
         other = to_format(residual, memory_format(x))
         convolution = (stride, padding, dilation, groups)
