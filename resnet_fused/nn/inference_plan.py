@@ -48,8 +48,10 @@ def make_plan(block: nn.Module, x: Tensor, pairs: Sequence[Pair], has_projection
     pairs: a convolution and a normalisation each, in order; the projection of the shortcut last.
     """
     tensors = [t for pair in pairs for module in pair for t in module.state_dict().values()]
+    last, _ = pairs[-2 if has_projection else -1]
     if (
         _applies(x)
+        and last.groups == 1  # oneDNN does not fuse the sum into grouped convolutions
         and not any(uses_batch(bn) for _, bn in pairs)
         and not any(t.is_inference() for t in tensors)  # no version counter to go by
     ):
