@@ -134,7 +134,7 @@ def conv_bn_relu_backward(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad = grad_out if out is None else native.launcher("add_relu_backward")(grad_out, out)
     return reference.conv_bn_relu_backward(
         grad, x, weight, scale, None, has_residual, stride, padding, dilation, groups

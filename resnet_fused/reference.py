@@ -175,22 +175,18 @@ def conv_bn_relu_backward(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # <wgrad(x, g)[k], weight[k]> = sum(g * conv(x, weight)[k]), so that the gradient of scale needs
-    # no convolution output.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = statistics_dtype(x)
     grad = grad_out if out is None else add_relu_backward(grad_out, out)
     scaled = (weight.to(dtype) * scale.to(dtype).view(-1, 1, 1, 1)).to(x.dtype)
     grad_x, grad_scaled, _ = torch.ops.aten.convolution_backward(
         grad, x, scaled, None, stride, padding, dilation, False, [0, 0], groups, [True, True, False]
     )
-    grad_scaled = grad_scaled.to(dtype)
-    grad_weight = (grad_scaled * scale.to(dtype).view(-1, 1, 1, 1)).to(weight.dtype)
-    grad_scale = (grad_scaled * weight.to(dtype)).sum((1, 2, 3)).to(scale.dtype)
+    grad_weight = (grad_scaled.to(dtype) * scale.to(dtype).view(-1, 1, 1, 1)).to(weight.dtype)
     grad_shift = grad.to(dtype).sum(_CHANNEL_DIMS).to(scale.dtype)
     grad_x = grad_x.contiguous(memory_format=memory_format(x))
     grad_residual = grad if has_residual else grad.new_empty(0)
-    return grad_x, grad_weight, grad_scale, grad_shift, grad_residual
+    return grad_x, grad_weight, grad_shift, grad_residual
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:

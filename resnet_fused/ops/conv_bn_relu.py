@@ -238,11 +238,34 @@ class _ConvBnReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, out = ctx.saved_tensors
-        grads = _conv_bn_relu_backward(
+        grad_x, grad_weight, grad_shift, grad_residual = _conv_bn_relu_backward(
             grad_out, x, weight, scale, out, ctx.has_residual, *ctx.geometry
         )
+        grad_scale = None
+        if ctx.needs_input_grad[2]:
+            grad_scale = _grad_scale(grad_out, x, weight, scale, out, ctx.geometry)
+        grads = (grad_x, grad_weight, grad_scale, grad_shift, grad_residual)
         needed = ctx.needs_input_grad
         return (*(g if n else None for g, n in zip(grads, needed, strict=False)), *(None,) * 5)
+
+
+def _grad_scale(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    out: Tensor | None,
+    geometry: tuple[Any, ...],
+) -> Tensor:
+    """Sum of the gradient times the convolution's output, which is computed once more.
+
+    Frozen BN does not need it. The product of weight and its own gradient is the same number, but
+    inherits the rounding of that gradient in 16 bits.
+    """
+    grad = grad_out if out is None else grad_out.masked_fill(out <= 0, 0)
+    y = torch.conv2d(x, weight.to(x.dtype), None, *geometry)
+    dtype = reference.statistics_dtype(x)
+    return (grad.to(dtype) * y.to(dtype)).sum((0, 2, 3)).to(scale.dtype)
 
 
 def _backward_kernel(
@@ -284,7 +307,6 @@ def _backward_fake(
     return (
         torch.empty_like(x, memory_format=format_),
         torch.empty_like(weight),
-        torch.empty_like(scale),
         torch.empty_like(scale),
         grad_residual if has_residual else x.new_empty(0),
     )
@@ -330,8 +352,7 @@ _conv_bn_relu_ = define(
 _conv_bn_relu_backward = define(
     "conv_bn_relu_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor scale, Tensor? out,"
     " bool has_residual, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups)"
-    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale, Tensor grad_shift,"
-    " Tensor grad_residual)",
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_shift, Tensor grad_residual)",
     _backward_kernel,
     _backward_fake,
     reference.conv_bn_relu_backward,
