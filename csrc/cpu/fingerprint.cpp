@@ -1,5 +1,5 @@
-// fingerprint: one number that changes when the storage, dtype, shape or (sampled) contents of any of
-// the tensors change. Reads at most `samples` elements of each; all of them when samples < 0.
+// fingerprint: one number that changes when the storage, dtype, shape or (sampled) contents of any
+// of the tensors change. Reads at most `samples` elements of each; all of them when samples < 0.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
