@@ -22,6 +22,7 @@ from numerics import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import resnet_fused as rf
 from resnet_fused.ops import add_relu
@@ -257,3 +258,20 @@ def test_bad_layout_of_the_native_operator() -> None:
         torch.ops.resnet_fused_native.add_relu(x, mixed)
     with pytest.raises(RuntimeError, match=r"add_relu: x must be .* contiguous or channels_last"):
         torch.ops.resnet_fused_native.add_relu(x[:, :, ::2], x[:, :, ::2])
+
+
+@pytest.mark.parametrize("guard", [torch.enable_grad, torch.no_grad])
+def test_forward_mode_is_refused(guard: Any) -> None:
+    """A tangent that is dropped would be a derivative of zero."""
+    x, tangent = (normal(SHAPE, i, torch.float32) for i in (0, 2))
+
+    def function(x: Tensor) -> Tensor:
+        with guard():
+            return add_relu(x, normal(SHAPE, 1, torch.float32))
+
+    expected = "add_relu: forward-mode derivatives are not implemented"
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=expected):
+        function(forward_ad.make_dual(x, tangent))
+    with pytest.raises(NotImplementedError, match=expected):
+        torch.func.jvp(function, (x,), (tangent,))
+    assert function(x).isfinite().all()

@@ -23,6 +23,7 @@ from numerics import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import resnet_fused as rf
@@ -610,3 +611,20 @@ def test_bad_input_of_the_native_operators(bad: str) -> None:
     name, arguments, _ = BELOW[bad]
     with pytest.raises((ValueError, TypeError, RuntimeError)):
         getattr(native, name)(*arguments)
+
+
+@pytest.mark.parametrize("guard", [torch.enable_grad, torch.no_grad])
+def test_forward_mode_is_refused(guard: Any) -> None:
+    """A tangent that is dropped would be a derivative of zero."""
+    x, tangent = (normal(SHAPE, i, torch.float32) for i in (0, 2))
+
+    def function(x: Tensor) -> Tensor:
+        with guard():
+            return bn_relu(x, None, None, None, None, training=True)
+
+    expected = "bn_relu: forward-mode derivatives are not implemented"
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=expected):
+        function(forward_ad.make_dual(x, tangent))
+    with pytest.raises(NotImplementedError, match=expected):
+        torch.func.jvp(function, (x,), (tangent,))
+    assert function(x).isfinite().all()

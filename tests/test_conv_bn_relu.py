@@ -18,6 +18,7 @@ from numerics import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import resnet_fused as rf
@@ -556,3 +557,20 @@ def test_no_gradient_in_place() -> None:
     residual = torch.ones(2, 6, 4, 4)
     with pytest.raises(RuntimeError, match=r"conv_bn_relu_: an argument requires a gradient, but"):
         conv_bn_relu_(X, W.clone().requires_grad_(), S, S, residual)
+
+
+@pytest.mark.parametrize("guard", [torch.enable_grad, torch.no_grad])
+def test_forward_mode_is_refused(guard: Any) -> None:
+    """A tangent that is dropped would be a derivative of zero."""
+    x, tangent = (normal((2, 4, 6, 6), i, torch.float32) for i in (0, 2))
+
+    def function(x: Tensor) -> Tensor:
+        with guard():
+            return conv_bn_relu(x, W, S, S)
+
+    expected = "conv_bn_relu: forward-mode derivatives are not implemented"
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=expected):
+        function(forward_ad.make_dual(x, tangent))
+    with pytest.raises(NotImplementedError, match=expected):
+        torch.func.jvp(function, (x,), (tangent,))
+    assert function(x).isfinite().all()

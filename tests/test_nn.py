@@ -331,6 +331,19 @@ def test_functorch_transforms(name: str, training: bool) -> None:
     assert_equal(*values)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_mode(training: bool) -> None:
+    values = []
+    for module in make("no_statistics" if training else "bottleneck_projection"):
+        module.train(training)
+        x = x_for(module)
+        with torch.no_grad():
+            module(x)  # a plan may be made
+        values.append(torch.func.jvp(module, (x,), (normal(x.shape, 3),)))
+    assert values[0][1].abs().sum() > 0
+    assert_equal(*(list(value) for value in values))
+
+
 def test_vmap() -> None:
     ours, theirs = make("basic")
     x = normal((4, 2, 8, 5, 5), 3)

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from resnet_fused.folding import scale_shift
@@ -43,6 +44,7 @@ def calls_are_plain() -> bool:
     return (
         torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
         and not torch_module._has_any_global_hook()
     )
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("resnet_fused", "DEF")
 Operator = torch._ops.OpOverload
@@ -33,6 +34,8 @@ def define(
     def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if torch.is_grad_enabled() and _needs_gradient(args):
             return differentiable(*args)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
@@ -56,6 +59,8 @@ def call(overload: Operator, *args: Any) -> Any:
     """`overload(*args)`, without the step through autograd where no gradient can be needed."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return overload(*args)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(overload._schema.name.partition("::")[2], args)
     with torch._C._AutoDispatchBelowAutograd():
         return overload(*args)
 
@@ -69,6 +74,15 @@ def refuse_gradient(operator: str, remedy: str) -> Callable[..., Any]:
         )
 
     return refuse
+
+
+def _refuse_tangents(operator: str, args: tuple[Any, ...]) -> None:
+    """Kernels would drop them: an error is better than a derivative of zero."""
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise NotImplementedError(
+                f"{operator}: forward-mode derivatives are not implemented (use reverse mode)"
+            )
 
 
 def _needs_gradient(args: tuple[Any, ...]) -> bool:
