@@ -113,7 +113,7 @@ def _compiled(model: nn.Module, x: Tensor, options: Mapping[str, bool]) -> Infer
     run = _no_grad(torch.compile(model), x.contiguous(memory_format=torch.channels_last))
     # Compiles here, so that a failure is this baseline's and not the benchmark's. Not by `options=`:
     # those reach the code generator alone, and freezing begins in the tracer.
-    with torch._inductor.config.patch(options):
+    with torch._inductor.config.patch(dict(options)):
         run()
     return run
 
