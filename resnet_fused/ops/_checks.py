@@ -52,7 +52,7 @@ def check_shape(
 
 def check_device(operator: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """`tensor` must be where `like` is."""
-    if tensor.device != like.device:
+    if not (tensor.is_cpu and like.is_cpu) and tensor.device != like.device:
         raise ValueError(
             f"{operator}: {name} must be on the device of {like_name} {like.device},"
             f" got {tensor.device} (move one with .to())"
@@ -63,7 +63,8 @@ def check_per_channel(operator: str, name: str, vector: Tensor | None, x: Tensor
     """`vector`, where given, must be a floating-point (C,) tensor on the device of `x`."""
     if vector is None:
         return
-    check_shape(operator, name, vector, "one value per channel", (x.size(1),))
+    if vector.dim() != 1 or vector.size(0) != x.size(1):
+        check_shape(operator, name, vector, "one value per channel", (x.size(1),))
     if not vector.is_floating_point():
         raise TypeError(f"{operator}: {name} must be a floating-point tensor, got {vector.dtype}")
     check_device(operator, name, vector, "x", x)

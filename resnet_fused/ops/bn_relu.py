@@ -125,11 +125,12 @@ def _check(name: str, x: Tensor, bn: BatchNormArgs) -> None:
 def _unpack(args: tuple[Any, ...]) -> tuple[Tensor, BatchNormArgs, Tensor | None, BatchNormArgs]:
     """x, its normalisation, the residual and the residual's normalisation, checked."""
     x, bn = args[0], BatchNormArgs(*args[1:8])
-    residual, has_residual_bn, residual_bn = args[8], args[9], BatchNormArgs(*args[10:17])
+    residual, has_residual_bn, residual_bn = args[8], args[9], _NO_BATCH_NORM
     _check("x", x, bn)
     if residual is not None:
         _checks.check_like("bn_relu", "residual", residual, "x", x)
         if has_residual_bn:
+            residual_bn = BatchNormArgs(*args[10:17])
             _check("residual", residual, residual_bn)
     return x, bn, residual, residual_bn
 
