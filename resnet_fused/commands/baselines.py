@@ -47,7 +47,7 @@ def compiled_max_autotune(model: nn.Module, x: Tensor) -> Inference:
 def compiled_training(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """torch.compile of a model in training mode."""
     need_compiler(next(model.parameters()).device)
-    result: Callable[[Tensor], Tensor] = torch.compile(model)
+    result: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False)
     return result
 
 
@@ -110,7 +110,9 @@ def need_compiler(device: torch.device) -> None:
 def _compiled(model: nn.Module, x: Tensor, options: Mapping[str, bool]) -> Inference:
     need_compiler(x.device)
     model = placed(copy.deepcopy(model).eval(), x.device, x.dtype)
-    run = _no_grad(torch.compile(model), x.contiguous(memory_format=torch.channels_last))
+    # dynamic=False: after one batch size the tracer makes the next one symbolic, and slower.
+    compiled = torch.compile(model, dynamic=False)
+    run = _no_grad(compiled, x.contiguous(memory_format=torch.channels_last))
     # Compiles here, so that a failure is this baseline's and not the benchmark's. Not by `options=`:
     # those reach the code generator alone, and freezing begins in the tracer.
     with torch._inductor.config.patch(dict(options)):
