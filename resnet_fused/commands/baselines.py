@@ -113,8 +113,8 @@ def _compiled(model: nn.Module, x: Tensor, options: Mapping[str, bool]) -> Infer
     # dynamic=False: after one batch size the tracer makes the next one symbolic, and slower.
     compiled = torch.compile(model, dynamic=False)
     run = _no_grad(compiled, x.contiguous(memory_format=torch.channels_last))
-    # Compiles here, so that a failure is this baseline's and not the benchmark's. Not by `options=`:
-    # those reach the code generator alone, and freezing begins in the tracer.
+    # Compiles here, so that a failure is this baseline's and not the benchmark's. Not by
+    # `options=`: those reach the code generator alone, and freezing begins in the tracer.
     with torch._inductor.config.patch(dict(options)):
         run()
     return run
