@@ -61,7 +61,7 @@ def residual_forward(
     projection = as_pair(downsample)
     every: list[Pair] = [*pairs, projection] if projection is not None else [*pairs]  # type: ignore[list-item]
     if downsample is None or projection is not None:
-        trained = torch.is_grad_enabled() and any(uses_batch(bn) for _, bn in every)
+        trained = torch.is_grad_enabled() and any(_is_live(bn) for _, bn in every)
         if trained and not torch.compiler.is_compiling() and _is_one_node(x, every):
             return _trained_forward(x, every, projection is not None)
         make_plan(owner, x, every, projection is not None)
@@ -73,7 +73,7 @@ def residual_forward(
         return _pair_forward(z, last, x)
     if projection is None:
         return _pair_forward(z, last, downsample(x))
-    if uses_batch(last[1]) or uses_batch(projection[1]):
+    if _is_live(last[1]) or _is_live(projection[1]):
         y, y_shortcut = _convolve(z, last[0]), _convolve(x, projection[0])
         return bn_relu(
             *(y, *batch_norm_args(last[1])),
@@ -104,6 +104,18 @@ def _applies(x: Tensor) -> bool:
     return x.dim() == 4 and backends.is_accelerated("bn_relu", x) and calls_are_plain()
 
 
+def _is_live(bn: BatchNorm) -> bool:
+    """Whether `bn` must see the convolution's output: to normalise by it, or for a gradient.
+
+    The gradient of a folded scale is exact as well, but that of the normalisation's weight would be
+    the small difference of two large numbers then.
+    """
+    parameters = (bn.weight, bn.bias)
+    return uses_batch(bn) or (
+        torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
+    )
+
+
 def _pair_forward(
     x: Tensor,
     pair: Pair,
@@ -112,7 +124,7 @@ def _pair_forward(
     reuse_residual: bool = False,
 ) -> Tensor:
     conv, bn = pair
-    if uses_batch(bn):
+    if _is_live(bn):
         y = _convolve(x, conv)
         if residual is not None:
             residual = residual.to(y.dtype)  # as in `out += identity`

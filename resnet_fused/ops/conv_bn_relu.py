@@ -264,8 +264,8 @@ def _grad_scale(
     """
     grad = grad_out if out is None else grad_out.masked_fill(out <= 0, 0)
     y = torch.conv2d(x, weight.to(x.dtype), None, *geometry)
-    dtype = reference.statistics_dtype(x)
-    return (grad.to(dtype) * y.to(dtype)).sum((0, 2, 3)).to(scale.dtype)
+    # In float64: a normalisation's weight gets the small difference of this and mean * grad_shift.
+    return (grad.double() * y.double()).sum((0, 2, 3)).to(scale.dtype)
 
 
 def _backward_kernel(
