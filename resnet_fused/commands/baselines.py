@@ -57,7 +57,7 @@ def onnxruntime(model: nn.Module, x: Tensor) -> Inference:
         raise UnavailableError("it is compared on a CPU in float32 only")
     try:
         import onnx  # noqa: F401  (the exporter needs it)
-        import onnxruntime as ort  # type: ignore[import-untyped]
+        import onnxruntime as ort
     except ImportError as error:
         raise UnavailableError(error) from error
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -79,7 +79,7 @@ def openvino(model: nn.Module, x: Tensor) -> Inference:
     if x.dtype not in hints or x.device.type != "cpu":
         raise UnavailableError("it is compared on a CPU in float32 and bfloat16 only")
     try:
-        import openvino as ov  # type: ignore[import-untyped]
+        import openvino as ov
     except ImportError as error:
         raise UnavailableError(error) from error
     array = x.float().contiguous()
