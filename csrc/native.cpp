@@ -54,6 +54,9 @@ STABLE_TORCH_LIBRARY(resnet_fused_native, m) {
       "residual_blocks(Tensor x, Tensor[] weights, Tensor[] shifts, int[] geometry, "
       "int[] convolutions, int[] projections) -> Tensor");
   m.def(
+      "direct_network(Tensor x, Tensor[] weights, Tensor[] shifts, int[] geometry, "
+      "int[] convolutions, int[] projections, bool stem) -> Tensor");
+  m.def(
       "residual_block_forward(Tensor x, Tensor?[] parameters, int[] geometry, int[] training, "
       "float[] momentum_and_eps, bool has_projection) -> Tensor[]");
   m.def(

@@ -61,6 +61,54 @@ struct GradientArgs {
   Projection projection, residual_projection;
 };
 
+// Pixels and channels of the output that a direct convolution computes at once.
+constexpr int64_t kTilePixels = 14;
+constexpr int64_t kTileChannels = 32;
+
+// One tile of a convolution: up to kTilePixels output pixels at equal distances, kTileChannels output
+// channels. Distances are in bytes; a word is one float or two bfloat16.
+struct ConvolutionTile {
+  const char* x;  // the first pixel's first tap
+  int64_t x_stride;
+  // Taps are visited row by row, each `words` long; weight has kTileChannels words for each of them.
+  int64_t taps_y, taps_x, tap_stride_y, tap_stride_x, words;
+  const char* weight;
+  const float* shift;
+  const char* residual;  // may be null
+  int64_t residual_stride;
+  char* out;
+  int64_t out_stride;
+  float floor;  // 0 for ReLU, else minus infinity
+};
+
+// One row of a 3x3 maximum with stride 2, distances in bytes.
+struct MaxPoolRow {
+  const char* x;  // the tap to the upper left of the first pixel
+  int64_t row_stride, pixels, channels;
+  char* out;
+};
+
+// Winograd's F(2x2, 3x3): 4x4 pixels of x give 2x2 of out. Distances are in bytes; `position` is the
+// distance between the 16 elements of a transformed tile.
+struct WinogradInput {
+  const char* x;  // upper left of the 4x4 pixels
+  int64_t row_stride, pixel_stride, channels;
+  char* transformed;
+  int64_t position;
+};
+
+// kTileChannels channels of one tile.
+struct WinogradOutput {
+  const char* transformed;
+  int64_t position;
+  const float* shift;
+  const char* residual;  // may be null
+  int64_t residual_row_stride, residual_pixel_stride;
+  char* out;
+  int64_t out_row_stride, out_pixel_stride;
+  float floor;
+};
+
 // Arguments go by value: the compiler then knows that no store through a pointer changes them.
 struct Kernels {
   const char* name;
@@ -71,6 +119,11 @@ struct Kernels {
   void (*reduce[kDTypes][kMasks][kResiduals])(Matrix, ReduceArgs);
   // [residual_bn] [training] [residual_training]; without training there is no projection.
   void (*gradients[kDTypes][kMasks][2][2][2])(Matrix, GradientArgs);
+  // [pixels]; null for dtypes without an inner loop.
+  void (*convolution_tile[kDTypes][kTilePixels + 1])(ConvolutionTile);
+  void (*max_pool_row[kDTypes])(MaxPoolRow);
+  void (*winograd_input)(WinogradInput);
+  void (*winograd_output)(WinogradOutput);
 };
 
 // Null where the compiler or the target lacks the instruction set.

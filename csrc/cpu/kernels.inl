@@ -306,6 +306,32 @@ void gradients_kernel(Matrix m, GradientArgs args) {
   for_each_block<T>(m, body);
 }
 
+template <class T>
+void max_pool_row_kernel(MaxPoolRow row) {
+  const int64_t pixel = row.channels * sizeof(T);
+  T* out = reinterpret_cast<T*>(row.out);
+  for (int64_t i = 0; i < row.pixels; ++i, out += row.channels) {
+    const char* x = row.x + 2 * i * pixel;
+    for_each_column<T>({1, row.channels, 0, row.channels}, [&](int64_t c, auto n)
+                                                               RESNET_FUSED_INLINE_BODY {
+      const auto tap = [&](int64_t y, int64_t x_tap) RESNET_FUSED_INLINE_BODY {
+        return load(reinterpret_cast<const T*>(x + y * row.row_stride + x_tap * pixel) + c, n);
+      };
+      Vec<T> highest = tap(0, 0);
+      for (int64_t i_tap = 1; i_tap < 9; ++i_tap) {
+        const Vec<T> v = tap(i_tap / 3, i_tap % 3);
+        // NaN stays.
+        highest = (highest >= v) | (highest != highest) ? highest : v;
+      }
+      store(out + c, highest, n);
+    });
+  }
+}
+
+#if defined(RESNET_FUSED_AVX512)
+#include "cpu/convolution_tile.inl"
+#endif
+
 template <class T, Residual kResidual>
 constexpr void add_for_residual(Kernels& k, DType dtype) {
   k.apply[dtype][kResidual][false] = apply_kernel<T, kResidual, false>;
@@ -337,6 +363,7 @@ constexpr void add_kernels(Kernels& k, DType dtype) {
   add_for_mask<T, kNoMask>(k, dtype);
   add_for_mask<T, kMaskFromOut>(k, dtype);
   add_for_mask<T, kMaskFromX>(k, dtype);
+  k.max_pool_row[dtype] = max_pool_row_kernel<T>;
 }
 
 constexpr Kernels make_kernels(const char* name) {
@@ -346,6 +373,14 @@ constexpr Kernels make_kernels(const char* name) {
   add_kernels<BFloat16>(k, kBFloat16);
   add_kernels<Float16>(k, kFloat16);
   add_kernels<double>(k, kFloat64);
+#if defined(RESNET_FUSED_AVX512)
+  add_convolution_tiles<float, kTilePixels>(k, kFloat32);
+  k.winograd_input = winograd_input;
+  k.winograd_output = winograd_output;
+#endif
+#if defined(RESNET_FUSED_AVX512BF16)
+  add_convolution_tiles<BFloat16, kTilePixels>(k, kBFloat16);
+#endif
   return k;
 }
 

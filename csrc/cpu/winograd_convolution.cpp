@@ -1,0 +1,103 @@
+#include <algorithm>
+#include <limits>
+
+#include "cpu/direct_convolution.h"
+
+namespace resnet_fused::cpu {
+namespace {
+
+constexpr int64_t kPositions = 16;
+// Distance between tiles that avoids the sets of a cache that a power of two would share.
+constexpr int64_t kGap = 64;
+constexpr int64_t kTransformedBytes = 262144;
+constexpr int64_t kProductStride = kTileChannels * sizeof(float);
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+WinogradConvolution::WinogradConvolution(const Kernels& kernels, const DirectConvolution& conv,
+                                         const Activation& x, const Activation* residual,
+                                         const Activation& out, int64_t images, bool relu)
+    : kernels_(kernels),
+      conv_(conv),
+      x_(x),
+      residual_(residual ? *residual : Activation{}),
+      out_(out),
+      floor_(relu ? 0.0f : -std::numeric_limits<float>::infinity()),
+      tiles_per_row_(out.width / 2),
+      tiles_per_image_(out.height / 2 * tiles_per_row_),
+      tiles_(images * tiles_per_image_) {}
+
+int64_t WinogradConvolution::parts() const { return ceil_div(tiles_, kTilePixels); }
+
+int64_t WinogradConvolution::first_tile(int64_t part) const { return tiles_ * part / parts(); }
+
+int64_t WinogradConvolution::transformed_stride() const { return x_.pixel() + kGap; }
+
+int64_t WinogradConvolution::group() const {
+  const int64_t part = kPositions * kTilePixels * transformed_stride();
+  return std::clamp<int64_t>(kTransformedBytes / part, 2, 4);
+}
+
+int64_t WinogradConvolution::scratch_bytes() const {
+  return group() * kTilePixels * kPositions * (transformed_stride() + kProductStride);
+}
+
+void WinogradConvolution::run(Range parts, Range panels, char* scratch) const {
+  const int64_t most = group() * kTilePixels;
+  char* products = scratch + kPositions * most * transformed_stride();
+  ConvolutionTile t{};
+  t.x_stride = transformed_stride();
+  t.taps_y = t.taps_x = 1;
+  t.words = x_.channels;
+  static constexpr float kNoShift[kTileChannels] = {};
+  t.shift = kNoShift;
+  t.out_stride = kProductStride;
+  t.floor = -std::numeric_limits<float>::infinity();
+  const int64_t position_bytes = conv_.panel_bytes() / kPositions;
+  for (int64_t begin = parts.begin; begin < parts.end; begin += group()) {
+    const int64_t end = std::min(begin + group(), parts.end);
+    const int64_t first = first_tile(begin), count = first_tile(end) - first;
+    transform_input(first, count, scratch);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      t.weight = conv_.weight + panel * conv_.panel_bytes();
+      for (int64_t position = 0; position < kPositions; ++position, t.weight += position_bytes) {
+        for (int64_t part = begin; part < end; ++part) {
+          const int64_t tile = first_tile(part);
+          const int64_t row = position * count + tile - first;
+          t.x = scratch + row * transformed_stride();
+          t.out = products + row * kProductStride;
+          kernels_.convolution_tile[kFloat32][first_tile(part + 1) - tile](t);
+        }
+      }
+      transform_output(first, count, panel, products);
+    }
+  }
+}
+
+void WinogradConvolution::transform_input(int64_t first, int64_t count, char* transformed) const {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = (first + i) / tiles_per_image_, tile = (first + i) % tiles_per_image_;
+    const int64_t y = 2 * (tile / tiles_per_row_), x = 2 * (tile % tiles_per_row_);
+    kernels_.winograd_input({x_.at(n, y - conv_.padding[0], x - conv_.padding[1]), x_.row(),
+                             x_.pixel(), x_.channels, transformed + i * transformed_stride(),
+                             count * transformed_stride()});
+  }
+}
+
+void WinogradConvolution::transform_output(int64_t first, int64_t count, int64_t panel,
+                                           const char* products) const {
+  const int64_t channel_bytes = panel * kProductStride;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = (first + i) / tiles_per_image_, tile = (first + i) % tiles_per_image_;
+    const int64_t y = 2 * (tile / tiles_per_row_), x = 2 * (tile % tiles_per_row_);
+    const char* residual = residual_.data ? residual_.at(n, y, x) + channel_bytes : nullptr;
+    kernels_.winograd_output({products + i * kProductStride, count * kProductStride,
+                              conv_.shift + panel * kTileChannels, residual, residual_.row(),
+                              residual_.pixel(), out_.at(n, y, x) + channel_bytes, out_.row(),
+                              out_.pixel(), floor_});
+  }
+}
+
+}  // namespace resnet_fused::cpu
