@@ -18,9 +18,8 @@ __attribute__((always_inline)) inline __m512 dot<BFloat16>(__m512 acc, const cha
 }
 #endif
 
-// Words summed in registers before the sum goes on in memory: long sums in one register would lose
-// accuracy that eager's convolutions keep.
-constexpr int64_t kSumWords = 256;
+// Weights are asked for so many bytes ahead: the hardware's prefetchers stop at the end of each page.
+constexpr int64_t kAhead = 6144;
 
 // 2 * kPixels accumulators, two registers of weights and one of x: 31 of 32 for 14 pixels. A word of
 // x is used twice and one of weights kPixels times, so that neither is waited for.
@@ -28,57 +27,62 @@ template <class T, int kPixels>
 void convolution_tile(ConvolutionTile t) {
   constexpr int64_t kWord = 4, kRegister = 64;
   constexpr int64_t kLaneBytes = kLanes<T> * sizeof(T);
-  __m512 acc[kPixels][2], sum[kPixels][2];
-  const __m512 shift[2] = {_mm512_loadu_ps(t.shift), _mm512_loadu_ps(t.shift + kLanes<float>)};
+  __m512 acc[kPixels][2];
 #pragma GCC unroll 14
-  for (int i = 0; i < kPixels; ++i) {
+  for (int i = 0; i < kPixels; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
+  if (t.last) {
     // What the epilogue touches arrives while the product is computed.
-    __builtin_prefetch(t.out + i * t.out_stride, 1);
-    __builtin_prefetch(t.out + i * t.out_stride + kLaneBytes, 1);
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      sum[i][half] = shift[half];
-      acc[i][half] = _mm512_setzero_ps();
+#pragma GCC unroll 14
+    for (int i = 0; i < kPixels; ++i) {
+      __builtin_prefetch(t.out + i * t.out_stride, 1);
+      __builtin_prefetch(t.out + i * t.out_stride + kLaneBytes, 1);
     }
   }
-  const char* weight = t.weight;
   const int64_t stride = t.x_stride, stride2 = 2 * stride;
-  for (int64_t y = 0; y < t.taps_y; ++y) {
-    for (int64_t x = 0; x < t.taps_x; ++x) {
-      // Every third pixel has a pointer of its own: 14 would not fit the registers.
-      const char* first = t.x + y * t.tap_stride_y + x * t.tap_stride_x;
-      const char* third[5] = {first, first + 3 * stride, first + 6 * stride, first + 9 * stride,
-                              first + 12 * stride};
-      for (int64_t words = t.words; words > 0; words -= kSumWords) {
-        const char* end = weight + (words < kSumWords ? words : kSumWords) * 2 * kRegister;
-        for (; weight != end; weight += 2 * kRegister) {
-          const __m512 w0 = load_raw<__m512>(weight), w1 = load_raw<__m512>(weight + kRegister);
+  const char* weight = t.weight;
+  for (int64_t row = 0; row < t.rows; ++row) {
+    // Every third pixel has a pointer of its own: 14 would not fit the registers.
+    const char* x = t.x + row * t.row_stride;
+    const char* third[5] = {x, x + 3 * stride, x + 6 * stride, x + 9 * stride, x + 12 * stride};
+    const char* const end = weight + t.words * 2 * kRegister;
+    for (; weight != end; weight += 2 * kRegister) {
+      const __m512 w0 = load_raw<__m512>(weight), w1 = load_raw<__m512>(weight + kRegister);
+      __builtin_prefetch(weight + kAhead);
+      __builtin_prefetch(weight + kAhead + kRegister);
 #pragma GCC unroll 14
-          for (int i = 0; i < kPixels; ++i) {
-            const int64_t offset = i % 3 == 0 ? 0 : i % 3 == 1 ? stride : stride2;
-            acc[i][0] = dot<T>(acc[i][0], third[i / 3] + offset, w0);
-            acc[i][1] = dot<T>(acc[i][1], third[i / 3] + offset, w1);
-          }
-#pragma GCC unroll 5
-          for (int i = 0; i < 5; ++i) third[i] += kWord;
-        }
-#pragma GCC unroll 14
-        for (int i = 0; i < kPixels; ++i) {
-#pragma GCC unroll 2
-          for (int half = 0; half < 2; ++half) {
-            sum[i][half] = _mm512_add_ps(sum[i][half], acc[i][half]);
-            acc[i][half] = _mm512_setzero_ps();
-          }
-        }
+      for (int i = 0; i < kPixels; ++i) {
+        const int64_t offset = i % 3 == 0 ? 0 : i % 3 == 1 ? stride : stride2;
+        acc[i][0] = dot<T>(acc[i][0], third[i / 3] + offset, w0);
+        acc[i][1] = dot<T>(acc[i][1], third[i / 3] + offset, w1);
       }
+#pragma GCC unroll 5
+      for (int i = 0; i < 5; ++i) third[i] += kWord;
     }
+  }
+  const float* begin = t.first ? t.shift : t.sums;
+  const int64_t begin_stride = t.first ? 0 : kTileChannels;
+#pragma GCC unroll 14
+  for (int i = 0; i < kPixels; ++i) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      acc[i][half] = _mm512_add_ps(
+          acc[i][half], _mm512_loadu_ps(begin + i * begin_stride + half * kLanes<float>));
+    }
+  }
+  if (!t.last) {
+#pragma GCC unroll 14
+    for (int i = 0; i < kPixels; ++i) {
+      _mm512_storeu_ps(t.sums + i * kTileChannels, acc[i][0]);
+      _mm512_storeu_ps(t.sums + i * kTileChannels + kLanes<float>, acc[i][1]);
+    }
+    return;
   }
   const __m512 floor = _mm512_set1_ps(t.floor);
 #pragma GCC unroll 14
   for (int i = 0; i < kPixels; ++i) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      __m512 v = sum[i][half];
+      __m512 v = acc[i][half];
       if (t.residual) {
         const char* residual = t.residual + i * t.residual_stride + half * kLaneBytes;
         v = _mm512_add_ps(v, (__m512)load(reinterpret_cast<const T*>(residual)));

@@ -54,6 +54,10 @@ struct Range {
   int64_t begin, end;
 };
 
+// Words of a sum that are taken together: their weights stay in a first-level cache while all tiles
+// pass by, and sums of sums lose less accuracy than one long sum.
+constexpr int64_t kBlockWords = 192;
+
 // A convolution of given activations, cut into parts that can run at the same time.
 class ConvolutionParts {
  public:
@@ -81,7 +85,7 @@ class TiledConvolution final : public ConvolutionParts {
   // Where a tile lies, without its channels.
   struct Site {
     const char* x;
-    int64_t first_tap_y, taps_y;
+    Range taps;  // rows of the kernel that fall on the image
     const char* residual;
     char* out;
     int64_t pixels;
@@ -89,6 +93,7 @@ class TiledConvolution final : public ConvolutionParts {
   static constexpr int64_t kMaxChunk = 64;
 
   Site site(int64_t tile) const;
+  void copy_pixels(Site& site, char* copy) const;
   int64_t copied_stride() const;
   int64_t chunk() const;
 

@@ -65,15 +65,21 @@ struct GradientArgs {
 constexpr int64_t kTilePixels = 14;
 constexpr int64_t kTileChannels = 32;
 
-// One tile of a convolution: up to kTilePixels output pixels at equal distances, kTileChannels output
-// channels. Distances are in bytes; a word is one float or two bfloat16.
+constexpr int64_t kTileSums = kTilePixels * kTileChannels;
+
+// A part of the sum over taps and channels for one tile: up to kTilePixels output pixels at equal
+// distances, kTileChannels output channels. Distances are in bytes; a word is one float or two
+// bfloat16.
 struct ConvolutionTile {
-  const char* x;  // the first pixel's first tap
+  const char* x;  // the first word of the first pixel
   int64_t x_stride;
-  // Taps are visited row by row, each `words` long; weight has kTileChannels words for each of them.
-  int64_t taps_y, taps_x, tap_stride_y, tap_stride_x, words;
-  const char* weight;
-  const float* shift;
+  // `words` in each of several rows of the kernel.
+  int64_t rows, row_stride, words;
+  const char* weight;  // kTileChannels words for each of them
+  const float* shift;  // where the sum begins, if this part is the first
+  float* sums;         // kTileSums: where it goes on, and is left unless this part is the last
+  bool first, last;
+  // Used by the last part.
   const char* residual;  // may be null
   int64_t residual_stride;
   char* out;

@@ -41,35 +41,43 @@ int64_t WinogradConvolution::group() const {
 }
 
 int64_t WinogradConvolution::scratch_bytes() const {
-  return group() * kTilePixels * kPositions * (transformed_stride() + kProductStride);
+  const int64_t tiles = group() * kTilePixels;
+  return kPositions * tiles * (transformed_stride() + kProductStride) + tiles * kProductStride;
 }
 
 void WinogradConvolution::run(Range parts, Range panels, char* scratch) const {
   const int64_t most = group() * kTilePixels;
   char* products = scratch + kPositions * most * transformed_stride();
+  float* sums = reinterpret_cast<float*>(products + kPositions * most * kProductStride);
   ConvolutionTile t{};
   t.x_stride = transformed_stride();
-  t.taps_y = t.taps_x = 1;
-  t.words = x_.channels;
+  t.rows = 1;
+  const int64_t blocks = ceil_div(x_.channels, kBlockWords);
   static constexpr float kNoShift[kTileChannels] = {};
   t.shift = kNoShift;
   t.out_stride = kProductStride;
   t.floor = -std::numeric_limits<float>::infinity();
-  const int64_t position_bytes = conv_.panel_bytes() / kPositions;
   for (int64_t begin = parts.begin; begin < parts.end; begin += group()) {
     const int64_t end = std::min(begin + group(), parts.end);
     const int64_t first = first_tile(begin), count = first_tile(end) - first;
     transform_input(first, count, scratch);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       t.weight = conv_.weight + panel * conv_.panel_bytes();
-      for (int64_t position = 0; position < kPositions; ++position, t.weight += position_bytes) {
+      for (int64_t i = 0; i < kPositions * blocks; ++i) {
+        const int64_t position = i / blocks, block = i % blocks;
+        const int64_t word = x_.channels * block / blocks;
+        t.words = x_.channels * (block + 1) / blocks - word;
+        t.first = block == 0;
+        t.last = block == blocks - 1;
         for (int64_t part = begin; part < end; ++part) {
           const int64_t tile = first_tile(part);
           const int64_t row = position * count + tile - first;
-          t.x = scratch + row * transformed_stride();
+          t.x = scratch + row * transformed_stride() + word * sizeof(float);
+          t.sums = sums + (part - begin) * kTileSums;
           t.out = products + row * kProductStride;
           kernels_.convolution_tile[kFloat32][first_tile(part + 1) - tile](t);
         }
+        t.weight += t.words * kProductStride;
       }
       transform_output(first, count, panel, products);
     }
