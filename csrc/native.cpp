@@ -25,7 +25,8 @@ std::string json_list(const std::string& separated) {
 std::string build_info() {
   const std::string cuda = *kCudaArchs ? "true" : "false";
   return "{\"cuda\": " + cuda + ", \"archs\": " + json_list(kCudaArchs) +
-         ", \"compiler\": \"" __VERSION__ "\", \"isa\": \"" + resnet_fused_cpu_isa() + "\"}";
+         ", \"compiler\": \"" __VERSION__ "\", \"isa\": \"" + resnet_fused_cpu_isa() +
+         "\", \"convolutions\": " + json_list(resnet_fused_cpu_convolutions()) + "}";
 }
 
 }  // namespace

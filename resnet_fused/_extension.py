@@ -15,12 +15,16 @@ OLDEST_TORCH = (2, 11)
 
 
 class BuildInfo(TypedDict):
-    """How the loaded extension was built, and the instruction set it chose on this CPU."""
+    """How the loaded extension was built, and what it chose on this CPU.
+
+    convolutions: dtypes that direct convolutions have inner loops for.
+    """
 
     cuda: bool
     archs: list[str]
     compiler: str
     isa: str
+    convolutions: list[str]
 
 
 def load() -> bool:

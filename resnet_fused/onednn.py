@@ -16,30 +16,9 @@ from torch.nn import functional as F
 from resnet_fused import native, reference
 from resnet_fused.fingerprint import Snapshot
 from resnet_fused.layout import convolution_shape, memory_format, to_format
+from resnet_fused.packing import Convolution, Geometry, PackedBlock
 
 SHAPES_KEPT = 4  # packings of one weight; oneDNN's best layout depends on the shape of x
-
-# padding, stride, dilation, groups: the order of oneDNN's operators
-Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
-
-
-class Convolution(NamedTuple):
-    """A convolution and the folded normalisation of its output."""
-
-    weight: Tensor
-    scale: Tensor
-    shift: Tensor
-    geometry: Geometry
-
-
-class PackedBlock(NamedTuple):
-    """A residual block as the native `residual_blocks` takes it, and the shape it gives."""
-
-    weights: list[Tensor]
-    shifts: list[Tensor]
-    geometry: list[int]
-    has_projection: bool
-    out_shape: tuple[int, ...]
 
 
 class _Packed(NamedTuple):

@@ -1,5 +1,6 @@
 // The inner loops of convolutions: one tile of output pixels times 32 output channels held in
-// registers, and the transforms of Winograd's algorithm around it. Included by kernels.inl on instruction sets with 32 registers.
+// registers, and the transforms of Winograd's algorithm around it. Included by kernels.inl on
+// instruction sets with 32 registers.
 
 // acc += a . b, where a is one word (a float, or two bfloat16) and b has one for each lane.
 template <class T>
@@ -18,11 +19,12 @@ __attribute__((always_inline)) inline __m512 dot<BFloat16>(__m512 acc, const cha
 }
 #endif
 
-// Weights are asked for so many bytes ahead: the hardware's prefetchers stop at the end of each page.
+// Weights are asked for so many bytes ahead: the hardware's prefetchers stop at the end of each
+// page.
 constexpr int64_t kAhead = 6144;
 
-// 2 * kPixels accumulators, two registers of weights and one of x: 31 of 32 for 14 pixels. A word of
-// x is used twice and one of weights kPixels times, so that neither is waited for.
+// 2 * kPixels accumulators, two registers of weights and one of x: 31 of 32 for 14 pixels. A word
+// of x is used twice and one of weights kPixels times, so that neither is waited for.
 template <class T, int kPixels>
 void convolution_tile(ConvolutionTile t) {
   constexpr int64_t kWord = 4, kRegister = 64;

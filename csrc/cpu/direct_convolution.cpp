@@ -88,8 +88,7 @@ void TiledConvolution::run(Range tiles, Range panels, char* scratch) const {
   const int64_t segment_words = conv_.kernel[1] / segments * x_.pixel() / kWord;
   // Long segments are cut into blocks, short ones taken together over several rows of the kernel.
   const int64_t blocks = ceil_div(segment_words, kBlockWords);
-  const int64_t most_rows =
-      segments == 1 ? std::max<int64_t>(1, kBlockWords / segment_words) : 1;
+  const int64_t most_rows = segments == 1 ? std::max<int64_t>(1, kBlockWords / segment_words) : 1;
   const int64_t row_groups = ceil_div(conv_.kernel[0], most_rows), parts = segments * blocks;
   ConvolutionTile t{};
   t.x_stride = copies_ ? copied_stride() : conv_.stride[1] * x_.pixel();

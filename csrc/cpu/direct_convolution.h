@@ -26,8 +26,8 @@ struct Activation {
   }
 };
 
-// A convolution whose weight is packed as (out_channels / kTileChannels, kernel height, kernel width,
-// words of a pixel, kTileChannels, elements of a word).
+// A convolution whose weight is packed as (out_channels / kTileChannels, kernel height, kernel
+// width, words of a pixel, kTileChannels, elements of a word).
 struct DirectConvolution {
   const char* weight;
   const float* shift;  // the bias
@@ -44,9 +44,10 @@ struct DirectConvolution {
     return positions * in_channels * kTileChannels * element;
   }
   int64_t weight_bytes() const { return panels() * panel_bytes(); }
+  // 0 where the kernel does not fit.
   int64_t out_size(int64_t in_size, int axis) const {
-    const int64_t reach = dilation[axis] * (kernel[axis] - 1) + 1;
-    return (in_size + 2 * padding[axis] - reach) / stride[axis] + 1;
+    const int64_t room = in_size + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1;
+    return room < 0 ? 0 : room / stride[axis] + 1;
   }
 };
 

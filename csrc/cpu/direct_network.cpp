@@ -46,8 +46,10 @@ struct Network {
 
   // Shape only; no data.
   Activation after(const DirectConvolution& conv, const Activation& x) const {
-    return {nullptr, conv.out_size(x.height, 0), conv.out_size(x.width, 1), conv.out_channels,
-            0,       element};
+    STD_TORCH_CHECK(conv.out_size(x.height, 0) > 0 && conv.out_size(x.width, 1) > 0, kOp,
+                    ": images of ", x.height, "x", x.width, " are too small for the kernel");
+    return {nullptr, conv.out_size(x.height, 0), conv.out_size(x.width, 1), conv.out_channels, 0,
+            element};
   }
   Activation after(const Block& block, Activation x) const {
     for (const DirectConvolution& conv : block.convolutions) x = after(conv, x);
@@ -55,7 +57,10 @@ struct Network {
   }
   // The border that the input of block i needs.
   int64_t border_of(size_t i) const {
-    return i < blocks.size() ? blocks[i].convolutions.front().border() : 0;
+    if (i == blocks.size()) return 0;
+    const Block& block = blocks[i];
+    const int64_t border = block.convolutions.front().border();
+    return block.projection ? std::max(border, block.projection->border()) : border;
   }
 };
 
@@ -196,9 +201,8 @@ class Runner {
       run_parts(WinogradConvolution(net_.kernels, conv, x, residual, out, images, relu), conv,
                 images * x.image());
     } else {
-      run_parts(
-          TiledConvolution(net_.kernels, net_.dtype, conv, x, residual, out, images, relu), conv,
-          images * x.image());
+      run_parts(TiledConvolution(net_.kernels, net_.dtype, conv, x, residual, out, images, relu),
+                conv, images * x.image());
     }
   }
 
@@ -299,6 +303,10 @@ DirectConvolution describe(const Tensor& weight, const Tensor& shift, const int6
   STD_TORCH_CHECK(shift.is_contiguous() && shift.scalar_type() == ScalarType::Float &&
                       shift.numel() == weight.size(0) * kTileChannels,
                   kOp, ": shifts must be float32, one for each output channel");
+  for (int64_t i = 0; i < kNumbers - 1; ++i) {
+    STD_TORCH_CHECK(numbers[i] >= (i < 2 ? 0 : 1), kOp,
+                    ": stride and dilation must be positive, padding not negative");
+  }
   DirectConvolution conv{static_cast<const char*>(weight.const_data_ptr()),
                          static_cast<const float*>(shift.const_data_ptr()),
                          weight.size(3),
@@ -312,6 +320,9 @@ DirectConvolution describe(const Tensor& weight, const Tensor& shift, const int6
   if (conv.winograd) {
     STD_TORCH_CHECK(dtype == ScalarType::Float && conv.kernel[0] == 4 && conv.kernel[1] == 4, kOp,
                     ": weights for Winograd's algorithm must be float32 and 4x4");
+    STD_TORCH_CHECK(conv.stride[0] == 1 && conv.stride[1] == 1 && conv.dilation[0] == 1 &&
+                        conv.dilation[1] == 1,
+                    kOp, ": Winograd's algorithm needs stride 1 and dilation 1");
     conv.kernel[0] = conv.kernel[1] = 3;
   }
   return conv;
@@ -333,19 +344,18 @@ Tensor direct_network(const Tensor& x, std::vector<Tensor> weights, std::vector<
   const int64_t element = dtype == kFloat32 ? 4 : 2;
   size_t total = stem ? 1 : 0;
   STD_TORCH_CHECK(projections.size() == convolutions.size() && !convolutions.empty(), kOp,
-                  ": projections must have one number per block, got ", projections.size(),
-                  " for ", convolutions.size());
+                  ": projections must have one number per block, got ", projections.size(), " for ",
+                  convolutions.size());
   for (size_t i = 0; i < convolutions.size(); ++i) {
     STD_TORCH_CHECK(convolutions[i] > 0 && (projections[i] | 1) == 1, kOp,
                     ": every block must have a convolution and at most one projection, got ",
                     convolutions[i], " and ", projections[i]);
     total += convolutions[i] + projections[i];
   }
-  STD_TORCH_CHECK(total == weights.size() && total == shifts.size() &&
-                      geometry.size() == kNumbers * total,
-                  kOp, ": weights, shifts and geometry must describe ", total,
-                  " convolutions, got ", weights.size(), ", ", shifts.size(), " and ",
-                  geometry.size(), " numbers");
+  STD_TORCH_CHECK(
+      total == weights.size() && total == shifts.size() && geometry.size() == kNumbers * total, kOp,
+      ": weights, shifts and geometry must describe ", total, " convolutions, got ", weights.size(),
+      ", ", shifts.size(), " and ", geometry.size(), " numbers");
   size_t next = 0;
   const auto take = [&] {
     const size_t i = next++;
@@ -374,9 +384,12 @@ Tensor direct_network(const Tensor& x, std::vector<Tensor> weights, std::vector<
     Activation inside = shape;
     for (int64_t c = 0; c < convolutions[i]; ++c) {
       block.convolutions.push_back(take());
-      STD_TORCH_CHECK(block.convolutions.back().in_channels == inside.channels, kOp,
+      const DirectConvolution& conv = block.convolutions.back();
+      STD_TORCH_CHECK(conv.in_channels == inside.channels, kOp,
                       ": the channels of one convolution must be those of the next");
-      inside = network.after(block.convolutions.back(), inside);
+      inside = network.after(conv, inside);
+      STD_TORCH_CHECK(!conv.winograd || (inside.height % 2 == 0 && inside.width % 2 == 0), kOp,
+                      ": Winograd's algorithm needs outputs of even height and width");
     }
     if (projections[i]) {
       block.projection = take();
@@ -385,8 +398,7 @@ Tensor direct_network(const Tensor& x, std::vector<Tensor> weights, std::vector<
     }
     const Activation residual = block.projection ? network.after(*block.projection, shape) : shape;
     STD_TORCH_CHECK(residual.height == inside.height && residual.width == inside.width &&
-                        residual.channels == inside.channels && inside.height > 0 &&
-                        inside.width > 0,
+                        residual.channels == inside.channels,
                     kOp, ": the shortcut of a block must have the shape of its output");
     shape = inside;
     network.blocks.push_back(std::move(block));

@@ -90,3 +90,10 @@ const char* resnet_fused_cpu_isa() {
   const auto& chosen = resnet_fused::cpu::choice();
   return chosen.kernels ? chosen.kernels->name : chosen.problem.c_str();
 }
+
+const char* resnet_fused_cpu_convolutions() {
+  using namespace resnet_fused::cpu;
+  const Kernels* kernels = choice().kernels;
+  if (!kernels || !kernels->convolution_tile[kFloat32][1]) return "";
+  return kernels->convolution_tile[kBFloat16][1] ? "float32;bfloat16" : "float32";
+}

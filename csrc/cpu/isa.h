@@ -13,3 +13,6 @@ const Kernels& kernels();
 // "default", "avx2", "avx512" or "avx512_bf16", or what is wrong with RESNET_FUSED_CPU_ISA; never
 // throws.
 const char* resnet_fused_cpu_isa();
+
+// The dtypes that direct convolutions have inner loops for here, separated by ";".
+const char* resnet_fused_cpu_convolutions();

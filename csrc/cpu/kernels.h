@@ -94,8 +94,8 @@ struct MaxPoolRow {
   char* out;
 };
 
-// Winograd's F(2x2, 3x3): 4x4 pixels of x give 2x2 of out. Distances are in bytes; `position` is the
-// distance between the 16 elements of a transformed tile.
+// Winograd's F(2x2, 3x3): 4x4 pixels of x give 2x2 of out. Distances are in bytes; `position` is
+// the distance between the 16 elements of a transformed tile.
 struct WinogradInput {
   const char* x;  // upper left of the 4x4 pixels
   int64_t row_stride, pixel_stride, channels;

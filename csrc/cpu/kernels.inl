@@ -312,19 +312,19 @@ void max_pool_row_kernel(MaxPoolRow row) {
   T* out = reinterpret_cast<T*>(row.out);
   for (int64_t i = 0; i < row.pixels; ++i, out += row.channels) {
     const char* x = row.x + 2 * i * pixel;
-    for_each_column<T>({1, row.channels, 0, row.channels}, [&](int64_t c, auto n)
-                                                               RESNET_FUSED_INLINE_BODY {
-      const auto tap = [&](int64_t y, int64_t x_tap) RESNET_FUSED_INLINE_BODY {
-        return load(reinterpret_cast<const T*>(x + y * row.row_stride + x_tap * pixel) + c, n);
-      };
-      Vec<T> highest = tap(0, 0);
-      for (int64_t i_tap = 1; i_tap < 9; ++i_tap) {
-        const Vec<T> v = tap(i_tap / 3, i_tap % 3);
-        // NaN stays.
-        highest = (highest >= v) | (highest != highest) ? highest : v;
-      }
-      store(out + c, highest, n);
-    });
+    for_each_column<T>(
+        {1, row.channels, 0, row.channels}, [&](int64_t c, auto n) RESNET_FUSED_INLINE_BODY {
+          const auto tap = [&](int64_t y, int64_t x_tap) RESNET_FUSED_INLINE_BODY {
+            return load(reinterpret_cast<const T*>(x + y * row.row_stride + x_tap * pixel) + c, n);
+          };
+          Vec<T> highest = tap(0, 0);
+          for (int64_t i_tap = 1; i_tap < 9; ++i_tap) {
+            const Vec<T> v = tap(i_tap / 3, i_tap % 3);
+            // NaN stays.
+            highest = (highest >= v) | (highest != highest) ? highest : v;
+          }
+          store(out + c, highest, n);
+        });
   }
 }
 

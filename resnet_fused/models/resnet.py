@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from resnet_fused.models.initialization import initialize
-from resnet_fused.models.stages import channels_last, run_stages, run_stem
+from resnet_fused.models.stages import channels_last, run_stem_and_stages
 from resnet_fused.nn import BasicBlock, Bottleneck
+from resnet_fused.nn.inference_plan import Stem
 
 
 class ResNet(nn.Module):
@@ -66,8 +67,9 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Called on torchvision's instances too, whose class conversion has swapped: it may rely on
         # the attributes that both have, and on nothing else.
-        x = self.maxpool(run_stem(channels_last(x), self.conv1, self.bn1, self.relu))
-        x = run_stages(x, (self.layer1, self.layer2, self.layer3, self.layer4))
+        stem = Stem(self.conv1, self.bn1, self.relu, self.maxpool)
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        x = run_stem_and_stages(channels_last(x), stem, stages)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def _make_layer(

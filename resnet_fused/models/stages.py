@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from resnet_fused.nn import BasicBlock, Bottleneck, inference_plan
 from resnet_fused.nn.blocks import conv_bn_relu
+from resnet_fused.nn.inference_plan import Stem
 from resnet_fused.nn.pairs import has_hooks, is_plain_relu
 
 
@@ -25,14 +26,30 @@ def run_stem(x: Tensor, conv: nn.Module, bn: nn.Module, relu: nn.Module) -> Tens
 
 def run_stages(x: Tensor, stages: Sequence[nn.Module]) -> Tensor:
     """The stages one after the other; in inference, where nobody listens, in one native call."""
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        blocks = _plain_blocks(stages)
-        out = None if blocks is None else inference_plan.run(blocks, x)
-        if out is not None:
-            return out
+    out = _run_plans(x, stages)
+    if out is not None:
+        return out
     for stage in stages:
         x = stage(x)
     return x
+
+
+def run_stem_and_stages(x: Tensor, stem: Stem, stages: Sequence[nn.Module]) -> Tensor:
+    """The stem, its pooling and the stages; in inference in one native call where possible."""
+    is_plain = inference_plan.is_plain_stem(stem)
+    out = _run_plans(x, stages, stem) if is_plain else None
+    if out is not None:
+        return out
+    if is_plain:
+        inference_plan.make_stem_plan(stem, x)
+    return run_stages(stem.maxpool(run_stem(x, stem.conv, stem.bn, stem.relu)), stages)
+
+
+def _run_plans(x: Tensor, stages: Sequence[nn.Module], stem: Stem | None = None) -> Tensor | None:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    blocks = _plain_blocks(stages)
+    return None if blocks is None else inference_plan.run(blocks, x, stem)
 
 
 # Forwards that compute what the inference plan of their block computes, where it has one.

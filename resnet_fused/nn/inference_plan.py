@@ -1,45 +1,75 @@
-"""A residual block in inference on a CPU: everything derived from its parameters, kept ready.
+"""Residual blocks in inference on a CPU: everything derived from their parameters, kept ready.
 
 Between two convolutions the caches are full of activations, and interpreter code runs several times
 slower than usual. A plan is checked once per call of its block, and then one native call runs the
-convolutions of any number of blocks.
+convolutions of any number of blocks, and of the stem before them.
 """
 
 import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import backends, onednn
+from resnet_fused import backends, direct, onednn
 from resnet_fused.fingerprint import fingerprint
 from resnet_fused.layout import memory_format
-from resnet_fused.nn.pairs import Pair, calls_are_plain, fold, hooks_of, uses_batch
+from resnet_fused.nn.pairs import (
+    Pair,
+    calls_are_plain,
+    fold,
+    has_hooks,
+    hooks_of,
+    is_pair,
+    is_plain_relu,
+    uses_batch,
+)
+from resnet_fused.packing import Convolution, PackedBlock
 
 
-def run(blocks: Sequence[nn.Module], x: Tensor) -> Tensor | None:
-    """The output of `blocks`, one after the other, by their plans.
+class Stem(NamedTuple):
+    """What stands before the blocks: maxpool(relu(bn(conv(x))))."""
+
+    conv: nn.Module
+    bn: nn.Module
+    relu: nn.Module
+    maxpool: nn.Module
+
+
+def run(blocks: Sequence[nn.Module], x: Tensor, stem: Stem | None = None) -> Tensor | None:
+    """The output of `blocks`, one after the other and behind `stem`, by their plans.
 
     None, and nothing done, where one of them has no plan or its plan does not apply any more.
     """
     # Before the plans are looked up: a graph must not depend on which blocks have one.
     if not _applies(x):
         return None
-    plans = [_plans.get(block) for block in blocks]
-    x, current = x.to(_dtype(x)), []
-    for block, plan in zip(blocks, plans, strict=True):
-        if plan is None:
+    # A plan must not keep the module alive that it belongs to: a stem's is its pooling.
+    owners = blocks if stem is None else (stem.maxpool, *blocks)
+    plans = [plan for plan in map(_plans.get, owners) if plan is not None]
+    if len(plans) < len(owners):
+        return None
+    x = x.to(_dtype(x))
+    is_direct = direct.runs(x.dtype) and all(plan.takes_direct for plan in plans)
+    if stem is not None and not is_direct:
+        return None
+    for owner, plan in zip(owners, plans, strict=True):
+        if not plan.is_current() or (stem and owner is stem.maxpool and not plan.is_of(stem)):
+            _plans.pop(owner, None)  # another thread may have done so
             return None
-        if not plan.is_current():
-            _plans.pop(block, None)  # another thread may have done so
-            return None
-        current.append(plan)
     shape, packed = tuple(x.shape), []
-    for plan in current:
-        packed.append(plan.packed(shape, x.dtype))
+    for plan in plans:
+        if shape[1] != plan.in_channels:
+            return None
+        packed.append(plan.packed(shape, x.dtype, is_direct))
         shape = packed[-1].out_shape
+        if min(shape) < 1:
+            return None
     with torch._C._AutoDispatchBelowAutograd():
-        return onednn.residual_blocks(x, packed)
+        if not is_direct:
+            return onednn.residual_blocks(x, packed)
+        return direct.run(x, packed if stem is None else packed[1:], stem and packed[0])
 
 
 def make_plan(block: nn.Module, x: Tensor, pairs: Sequence[Pair], has_projection: bool) -> None:
@@ -47,15 +77,42 @@ def make_plan(block: nn.Module, x: Tensor, pairs: Sequence[Pair], has_projection
 
     pairs: a convolution and a normalisation each, in order; the projection of the shortcut last.
     """
-    tensors = [t for pair in pairs for module in pair for t in module.state_dict().values()]
     last, _ = pairs[-2 if has_projection else -1]
-    if (
-        _applies(x)
-        and last.groups == 1  # oneDNN does not fuse the sum into grouped convolutions
-        and not any(uses_batch(bn) for _, bn in pairs)
-        and not any(t.is_inference() for t in tensors)  # no version counter to go by
-    ):
+    # oneDNN does not fuse the sum into grouped convolutions.
+    if last.groups == 1 and _can_plan(x, pairs):
         _plans[block] = _Plan(block, pairs, has_projection)
+
+
+def make_stem_plan(stem: Stem, x: Tensor) -> None:
+    """Keep a plan for a plain `stem` if there is none and it can run on tensors like x."""
+    pair: Pair = (stem.conv, stem.bn)  # type: ignore[assignment]
+    if stem.maxpool not in _plans and _can_plan(x, [pair]):
+        _plans[stem.maxpool] = _Plan(None, [pair], has_projection=False)
+
+
+def is_plain_stem(stem: Stem) -> bool:
+    """Whether the modules compute what a plan for a stem computes, and nobody listens."""
+    conv, bn, relu, pool = stem
+    return (
+        is_pair(conv, bn)
+        and is_plain_relu(relu)
+        and type(pool) is nn.MaxPool2d
+        and not has_hooks(pool)
+        and not (pool.ceil_mode or pool.return_indices)
+        and [_pair_of(n) for n in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
+        == [(3, 3), (2, 2), (1, 1), (1, 1)]
+    )
+
+
+def _pair_of(size: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _can_plan(x: Tensor, pairs: Sequence[Pair]) -> bool:
+    if not _applies(x) or any(uses_batch(bn) for _, bn in pairs):
+        return False
+    tensors = [t for pair in pairs for module in pair for t in module.state_dict().values()]
+    return not any(t.is_inference() for t in tensors)  # they have no version counter to go by
 
 
 def _applies(x: Tensor) -> bool:
@@ -82,14 +139,24 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 
 class _Plan:
-    def __init__(self, block: nn.Module, pairs: Sequence[Pair], has_projection: bool) -> None:
+    """block: None for the convolution and normalisation of a stem."""
+
+    def __init__(
+        self, block: nn.Module | None, pairs: Sequence[Pair], has_projection: bool
+    ) -> None:
         self._pairs = tuple(pairs)
+        self._is_stem = block is None
         self._has_projection = has_projection
         self._settings = self._current_settings()
-        inner = [module for module in block.modules() if module is not block]
+        self.in_channels = pairs[0][0].in_channels
+        self.takes_direct = all(
+            direct.takes(conv.weight, conv.groups, self._is_stem) for conv, _ in pairs
+        )
+        modules = () if block is None else tuple(block.modules())
+        inner = [module for module in modules if module is not block]
         self._children = [
             (module._modules, tuple(module._modules.values()))
-            for module in (block, *inner)
+            for module in modules
             if module._modules
         ]
         self._hooks = [hooks for module in inner for hooks in hooks_of(module)]
@@ -104,7 +171,13 @@ class _Plan:
         ]
         self._tensors = [tensor for _, _, tensor, _ in self._watched if tensor is not None]
         self._fingerprint = fingerprint(self._tensors)
-        self._packed: dict[tuple[tuple[int, ...], torch.dtype], onednn.PackedBlock] = {}
+        self._packed: dict[tuple[object, ...], PackedBlock] = {}
+        self._kept: direct.Kept = {}
+
+    def is_of(self, stem: Stem) -> bool:
+        """Whether the plan was made from the modules of `stem`."""
+        ((conv, bn),) = self._pairs
+        return conv is stem.conv and bn is stem.bn
 
     def is_current(self) -> bool:
         """Whether calling the block would compute what the plan was made from."""
@@ -123,22 +196,27 @@ class _Plan:
             and fingerprint(self._tensors) == self._fingerprint
         )
 
-    def packed(self, x_shape: tuple[int, ...], dtype: torch.dtype) -> onednn.PackedBlock:
-        """The block for inputs of this shape and dtype, packed when first asked for."""
-        key = (x_shape, dtype)
+    def packed(self, x_shape: tuple[int, ...], dtype: torch.dtype, is_direct: bool) -> PackedBlock:
+        """What it computes for inputs of this shape and dtype, packed when first asked for."""
+        key = (x_shape, dtype, is_direct)
         packed = self._packed.get(key)
         if packed is None:
             if len(self._packed) >= onednn.SHAPES_KEPT:
                 oldest, *_ = self._packed
                 self._packed.pop(oldest, None)
-            packed = self._packed[key] = onednn.pack_block(
-                *(x_shape, dtype, self._convolutions(), self._has_projection)
-            )
+            packed = self._packed[key] = self._pack(x_shape, dtype, is_direct)
         return packed
 
-    def _convolutions(self) -> list[onednn.Convolution]:
+    def _pack(self, x_shape: tuple[int, ...], dtype: torch.dtype, is_direct: bool) -> PackedBlock:
+        convolutions = self._convolutions()
+        if self._is_stem:
+            return direct.pack_stem(x_shape, dtype, convolutions[0], self._kept)
+        block = (x_shape, dtype, convolutions, self._has_projection)
+        return direct.pack_block(*block, self._kept) if is_direct else onednn.pack_block(*block)
+
+    def _convolutions(self) -> list[Convolution]:
         return [
-            onednn.Convolution(
+            Convolution(
                 *(conv.weight, *fold(conv, bn)),
                 (conv.padding, conv.stride, conv.dilation, conv.groups),  # type: ignore[arg-type]
             )
