@@ -100,7 +100,7 @@ void clear_border(const Activation& a, int64_t images) {
   }
 }
 
-// Images through a network, by one thread or, `together`, by all of them.
+// Images through a network, by one thread or by several that share each convolution.
 class Runner {
  public:
   // threads: how many work on each convolution; 1 if this is one of several runners.
@@ -168,8 +168,9 @@ class Runner {
       next.border = net_.border_of(i + 1);
       if (i + 1 == end) {
         next = out;
-      } else if (!block.projection && own && next.border == x.border) {
-        next = x;  // the sum takes the place of the residual
+      } else if (!block.projection && own && next.border == x.border &&
+                 block.convolutions.size() > 1) {
+        next = x;  // the sum takes the place of the residual, which nothing else reads any more
       } else {
         Buffer& buffer = main_[0].holds(x.data) ? main_[1] : main_[0];
         next.data = buffer.of_size(images * next.image());
