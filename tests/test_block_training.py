@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from model_equality import images, randomize
+from model_equality import assert_same_function, images, randomize
 from torch import Tensor, nn
 
 import resnet_fused as rf
@@ -132,3 +132,23 @@ def test_two_blocks_that_share_their_parameters() -> None:
         run(run(x)).square().sum().backward()
         twice.append([p.grad for p in block.parameters()] + list(block.buffers()))
     torch.testing.assert_close(*twice, rtol=1e-9, atol=1e-9)
+
+
+@needs_torchvision
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("inplanes", "planes", "size"),
+    [(64, 64, (14, 14)), (32, 96, (6, 10)), (64, 64, (13, 14)), (64, 64, (2, 2))],
+)
+def test_float32_gradients_of_3x3_convolutions(
+    inplanes: int, planes: int, size: tuple[int, int], layout: torch.memory_format
+) -> None:
+    """Sizes with which Winograd's algorithm is used, and sizes with which it is not."""
+    downsample = None
+    if inplanes != planes:
+        conv = nn.Conv2d(inplanes, planes, 1, bias=False)
+        downsample = nn.Sequential(conv, nn.BatchNorm2d(planes))
+    block = torchvision.models.resnet.BasicBlock(inplanes, planes, downsample=downsample)
+    block = randomize(block).to(memory_format=layout)  # the weights too
+    x = images(8, inplanes, *size).contiguous(memory_format=torch.channels_last)
+    assert_same_function(block, rf.fuse, x, training=True, deep=False)

@@ -3,10 +3,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
+#include "cpu/direct_convolution.h"
 #include "cpu/dispatch_call.h"
+#include "cpu/tensors.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -75,6 +78,77 @@ Tensor weight_matrix(const Tensor& weight) {
   return as_strided(weight, {weight.size(0), weight.size(1)}, {weight.stride(0), weight.stride(1)});
 }
 
+// Below so many tiles of 2x2 pixels, transforming the weight takes longer than it saves.
+constexpr int64_t kWinogradTiles = 28;
+
+// Whether a 3x3 convolution that keeps the size of its images, or its gradient, is run by
+// Winograd's algorithm.
+bool by_winograd(const Tensor& x, const Tensor& weight, const int64_t* geometry) {
+  constexpr int64_t kPlain[kGeometry] = {1, 1, 1, 1, 1, 1, 1};
+  return x.scalar_type() == ScalarType::Float && weight.size(2) == 3 && weight.size(3) == 3 &&
+         std::equal(kPlain, kPlain + kGeometry, geometry) && weight.size(0) % kTileChannels == 0 &&
+         weight.size(1) % kTileChannels == 0 && x.size(2) % 2 == 0 && x.size(3) % 2 == 0 &&
+         x.size(0) * x.size(2) * x.size(3) / 4 >= kWinogradTiles && is_channels_last_dense(x) &&
+         kernels().winograd_input != nullptr;
+}
+
+// The convolution of x or, transposed, what it gives back to its input for the gradient x.
+Tensor winograd(const Tensor& x, const Tensor& weight, bool transposed) {
+  const float* taps = static_cast<const float*>(weight.const_data_ptr());
+  WinogradWeight view{taps,
+                      weight.size(0),
+                      weight.size(1),
+                      weight.stride(0),
+                      weight.stride(1),
+                      weight.stride(2),
+                      weight.stride(3)};
+  if (transposed) {
+    view = {taps + 2 * weight.stride(2) + 2 * weight.stride(3),
+            weight.size(1),
+            weight.size(0),
+            weight.stride(1),
+            weight.stride(0),
+            -weight.stride(2),
+            -weight.stride(3)};
+  }
+  const int64_t images = x.size(0), height = x.size(2), width = x.size(3);
+  Buffer packed, bordered;
+  float* const packed_weight =
+      reinterpret_cast<float*>(packed.of_size(view.packed_size() * sizeof(float)));
+  view.pack(packed_weight);
+  const std::vector<float> no_shift(view.out_channels, 0.0f);
+  const DirectConvolution conv{reinterpret_cast<const char*>(packed_weight),
+                               no_shift.data(),
+                               view.in_channels,
+                               view.out_channels,
+                               sizeof(float),
+                               {3, 3},
+                               {1, 1},
+                               {1, 1},
+                               {1, 1},
+                               true};
+  const Activation in{static_cast<char*>(const_cast<void*>(x.const_data_ptr())),
+                      height,
+                      width,
+                      view.in_channels,
+                      0,
+                      sizeof(float)};
+  Activation copy = in;
+  copy.border = 1;
+  copy.data = bordered.of_size(images * copy.image());
+  copy_into_border(in, copy, images);
+  const int64_t pixel = view.out_channels;
+  const int64_t sizes[] = {images, pixel, height, width};
+  const int64_t strides[] = {height * width * pixel, 1, width * pixel, pixel};
+  const Tensor y = empty_strided(sizes, strides, dtype_code(x));
+  const Activation out{
+      static_cast<char*>(y.mutable_data_ptr()), height, width, pixel, 0, sizeof(float)};
+  std::vector<Buffer> scratches(torch::stable::get_num_threads());
+  run_shared(WinogradConvolution(kernels(), conv, copy, nullptr, out, images, false), conv,
+             images * copy.image(), scratches);
+  return y;
+}
+
 std::vector<int64_t> pair(const int64_t* geometry, int64_t i) {
   return {geometry[2 * i], geometry[2 * i + 1]};
 }
@@ -86,6 +160,7 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const int64_t* geometry) 
     const Pixels pixels(x, geometry + 2);
     return pixels.image(product(pixels.matrix(x), transposed(weight_matrix(weight))));
   }
+  if (by_winograd(x, weight, geometry)) return winograd(x, weight, false);
   return call<1>("aten::convolution", "", x, weight, std::nullopt, pair(geometry, 1),
                  pair(geometry, 0), pair(geometry, 2), false, std::vector<int64_t>{0, 0},
                  geometry[6])[0];
@@ -118,12 +193,18 @@ std::pair<Tensor, Tensor> convolve_backward(const Tensor& grad_y, const Tensor& 
     }
     return {grad_x, grad_weight};
   }
-  const std::array<bool, 3> mask{want_grad_x, want_grad_weight, false};
+  Tensor grad_x;
+  if (want_grad_x && by_winograd(x, weight, geometry) && is_channels_last_dense(grad_y)) {
+    grad_x = winograd(grad_y, weight, true);
+    if (!want_grad_weight) return {grad_x, Tensor()};
+  }
+  const bool has_grad_x = grad_x.defined();
+  const std::array<bool, 3> mask{want_grad_x && !has_grad_x, want_grad_weight, false};
   auto grads =
       call<3>("aten::convolution_backward", "", grad_y, x, weight, std::nullopt, pair(geometry, 1),
               pair(geometry, 0), pair(geometry, 2), false, std::vector<int64_t>{0, 0}, geometry[6],
               torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
-  return {grads[0], grads[1]};
+  return {has_grad_x ? grad_x : grads[0], grads[1]};
 }
 
 }  // namespace resnet_fused::cpu

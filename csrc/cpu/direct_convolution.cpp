@@ -4,6 +4,8 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/tensors.h"
+
 namespace resnet_fused::cpu {
 namespace {
 
@@ -20,6 +22,59 @@ constexpr int64_t kLargeChunkBytes = 524288;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
+
+char* Buffer::of_size(int64_t bytes) {
+  if (bytes > size_) {
+    memory_ = Tensor();
+    memory_ = empty_vector(bytes + kCacheLine, aoti_torch_dtype_uint8());
+    size_ = bytes;
+    const auto address = reinterpret_cast<uintptr_t>(memory_.mutable_data_ptr());
+    data_ = reinterpret_cast<char*>((address + kCacheLine - 1) / kCacheLine * kCacheLine);
+  }
+  return data_;
+}
+
+void clear_border(const Activation& a, int64_t images) {
+  if (a.border == 0) return;
+  const int64_t side = a.border * a.pixel();
+  for (int64_t n = 0; n < images; ++n) {
+    char* image = a.data + n * a.image();
+    std::memset(image, 0, a.border * a.row());
+    for (int64_t y = a.border; y < a.height + a.border; ++y) {
+      std::memset(image + y * a.row(), 0, side);
+      std::memset(image + (y + 1) * a.row() - side, 0, side);
+    }
+    std::memset(image + (a.height + a.border) * a.row(), 0, a.border * a.row());
+  }
+}
+
+void copy_into_border(const Activation& x, const Activation& copy, int64_t images) {
+  clear_border(copy, images);
+  const int64_t line_bytes = x.width * x.pixel();
+  torch::stable::parallel_for(0, images * x.height, std::max<int64_t>(1, kGrain / line_bytes),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t line = begin; line < end; ++line) {
+                                  const int64_t n = line / x.height, y = line % x.height;
+                                  std::memcpy(copy.at(n, y, 0), x.at(n, y, 0), line_bytes);
+                                }
+                              });
+}
+
+void run_shared(const ConvolutionParts& work, const DirectConvolution& conv, int64_t x_bytes,
+                std::vector<Buffer>& scratches) {
+  const Range parts{0, work.parts()}, panels{0, conv.panels()};
+  // Threads share what is larger: each reads its part of it, and all of the other.
+  const bool splits_panels = conv.weight_bytes() > x_bytes || parts.end == 1;
+  const int64_t total = splits_panels ? panels.end : parts.end;
+  const int64_t threads = static_cast<int64_t>(scratches.size());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Range share{total * i / threads, total * (i + 1) / threads};
+      work.run(splits_panels ? parts : share, splits_panels ? share : panels,
+               scratches[i].of_size(work.scratch_bytes()));
+    }
+  });
+}
 
 TiledConvolution::TiledConvolution(const Kernels& kernels, DType dtype,
                                    const DirectConvolution& conv, const Activation& x,

@@ -1,7 +1,10 @@
 // Convolutions without an im2col: tiles of output pixels straight from channels_last activations.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+
 #include <cstdint>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
@@ -54,6 +57,25 @@ struct DirectConvolution {
 struct Range {
   int64_t begin, end;
 };
+
+// Memory that grows to the largest use.
+class Buffer {
+ public:
+  // Aligned to 64.
+  char* of_size(int64_t bytes);
+  bool holds(const char* data) const { return size_ > 0 && data == data_; }
+
+ private:
+  torch::stable::Tensor memory_;
+  int64_t size_ = 0;
+  char* data_ = nullptr;
+};
+
+// Sets the border to zero.
+void clear_border(const Activation& a, int64_t images);
+
+// Copies images without a border into images with one, by all threads.
+void copy_into_border(const Activation& x, const Activation& copy, int64_t images);
 
 // Words of a sum that are taken together: their weights stay in a first-level cache while all tiles
 // pass by, and sums of sums lose less accuracy than one long sum.
@@ -134,6 +156,22 @@ class WinogradConvolution final : public ConvolutionParts {
   Activation x_, residual_, out_;
   float floor_;
   int64_t tiles_per_row_, tiles_per_image_, tiles_;
+};
+
+// Runs all parts of a convolution, one thread for each scratch. x_bytes: the size of its input.
+void run_shared(const ConvolutionParts& work, const DirectConvolution& conv, int64_t x_bytes,
+                std::vector<Buffer>& scratches);
+
+// Weights as WinogradConvolution takes them, in float32, of any strides; those of a transposed
+// convolution (its gradient) have in and out exchanged and taps that run backwards.
+struct WinogradWeight {
+  const float* data;  // the tap to the upper left
+  int64_t out_channels, in_channels;
+  int64_t out_stride, in_stride, row_stride, column_stride;
+
+  int64_t packed_size() const { return 16 * out_channels * in_channels; }
+  // packed: of packed_size(). By all threads.
+  void pack(float* packed) const;
 };
 
 }  // namespace resnet_fused::cpu

@@ -64,42 +64,6 @@ struct Network {
   }
 };
 
-// Memory that grows to the largest use.
-class Buffer {
- public:
-  char* of_size(int64_t bytes) {
-    if (bytes > size_) {
-      memory_ = Tensor();
-      memory_ = empty_vector(bytes + kAlignment, aoti_torch_dtype_uint8());
-      size_ = bytes;
-      const auto address = reinterpret_cast<uintptr_t>(memory_.mutable_data_ptr());
-      data_ = reinterpret_cast<char*>((address + kAlignment - 1) / kAlignment * kAlignment);
-    }
-    return data_;
-  }
-  bool holds(const char* data) const { return size_ > 0 && data == data_; }
-
- private:
-  static constexpr int64_t kAlignment = 64;
-  Tensor memory_;
-  int64_t size_ = 0;
-  char* data_ = nullptr;
-};
-
-void clear_border(const Activation& a, int64_t images) {
-  if (a.border == 0) return;
-  const int64_t side = a.border * a.pixel();
-  for (int64_t n = 0; n < images; ++n) {
-    char* image = a.data + n * a.image();
-    std::memset(image, 0, a.border * a.row());
-    for (int64_t y = a.border; y < a.height + a.border; ++y) {
-      std::memset(image + y * a.row(), 0, side);
-      std::memset(image + (y + 1) * a.row() - side, 0, side);
-    }
-    std::memset(image + (a.height + a.border) * a.row(), 0, a.border * a.row());
-  }
-}
-
 // Images through a network, by one thread or by several that share each convolution.
 class Runner {
  public:
@@ -208,33 +172,18 @@ class Runner {
   }
 
   void run_parts(const ConvolutionParts& work, const DirectConvolution& conv, int64_t x_bytes) {
-    const Range parts{0, work.parts()}, panels{0, conv.panels()};
     if (scratches_.size() == 1) {
-      work.run(parts, panels, scratches_[0].of_size(work.scratch_bytes()));
-      return;
+      char* scratch = scratches_[0].of_size(work.scratch_bytes());
+      return work.run({0, work.parts()}, {0, conv.panels()}, scratch);
     }
-    // Threads share what is larger: each reads its part of it, and all of the other.
-    const bool splits_panels = conv.weight_bytes() > x_bytes || parts.end == 1;
-    const int64_t total = splits_panels ? panels.end : parts.end;
-    const int64_t threads = static_cast<int64_t>(scratches_.size());
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Range share{total * i / threads, total * (i + 1) / threads};
-        work.run(splits_panels ? parts : share, splits_panels ? share : panels,
-                 scratches_[i].of_size(work.scratch_bytes()));
-      }
-    });
+    run_shared(work, conv, x_bytes, scratches_);
   }
 
   Activation with_border(const Activation& x, int64_t border, int64_t images) {
     Activation copy = x;
     copy.border = border;
     copy.data = bordered_.of_size(images * copy.image());
-    clear_border(copy, images);
-    for (int64_t line = 0; line < images * x.height; ++line) {
-      const int64_t n = line / x.height, y = line % x.height;
-      std::memcpy(copy.at(n, y, 0), x.at(n, y, 0), x.width * x.pixel());
-    }
+    copy_into_border(x, copy, images);
     return copy;
   }
 

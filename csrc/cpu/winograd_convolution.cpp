@@ -1,4 +1,7 @@
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "cpu/direct_convolution.h"
@@ -13,6 +16,17 @@ constexpr int64_t kTransformedBytes = 262144;
 constexpr int64_t kProductStride = kTileChannels * sizeof(float);
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Three values to G g: (g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2), `step` arrays apart.
+void expand(const float* g0, const float* g1, const float* g2, float* out, int64_t step) {
+  for (int64_t k = 0; k < kTileChannels; ++k) {
+    const float ends = 0.5f * (g0[k] + g2[k]), middle = 0.5f * g1[k];
+    out[k] = g0[k];
+    out[step * kTileChannels + k] = ends + middle;
+    out[2 * step * kTileChannels + k] = ends - middle;
+    out[3 * step * kTileChannels + k] = g2[k];
+  }
+}
 
 }  // namespace
 
@@ -106,6 +120,31 @@ void WinogradConvolution::transform_output(int64_t first, int64_t count, int64_t
                               residual_.pixel(), out_.at(n, y, x) + channel_bytes, out_.row(),
                               out_.pixel(), floor_});
   }
+}
+
+void WinogradWeight::pack(float* packed) const {
+  const int64_t panels = out_channels / kTileChannels;
+  torch::stable::parallel_for(0, panels * in_channels, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t panel = i / in_channels, in = i % in_channels;
+      float taps[3][3][kTileChannels], rows[4][3][kTileChannels];
+      for (int64_t k = 0; k < kTileChannels; ++k) {
+        const float* w = data + (panel * kTileChannels + k) * out_stride + in * in_stride;
+        for (int64_t y = 0; y < 3; ++y) {
+          for (int64_t x = 0; x < 3; ++x) taps[y][x][k] = w[y * row_stride + x * column_stride];
+        }
+      }
+      for (int64_t x = 0; x < 3; ++x) expand(taps[0][x], taps[1][x], taps[2][x], rows[0][x], 3);
+      float* out = packed + panel * kPositions * in_channels * kTileChannels + in * kTileChannels;
+      for (int64_t y = 0; y < 4; ++y) {
+        float columns[4][kTileChannels];
+        expand(rows[y][0], rows[y][1], rows[y][2], columns[0], 1);
+        for (int64_t x = 0; x < 4; ++x) {
+          std::memcpy(out + (4 * y + x) * in_channels * kTileChannels, columns[x], kProductStride);
+        }
+      }
+    }
+  });
 }
 
 }  // namespace resnet_fused::cpu
