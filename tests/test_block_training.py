@@ -135,6 +135,19 @@ def test_two_blocks_that_share_their_parameters() -> None:
 
 
 @needs_torchvision
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
+def test_gradients_of_large_weights(stride: int, dilation: int) -> None:
+    """Products with the unfolded input."""
+    projection = nn.Conv2d(32, 2048, 1, stride, bias=False)
+    downsample = nn.Sequential(projection, nn.BatchNorm2d(2048))
+    block = torchvision.models.resnet.Bottleneck(
+        32, 512, stride, downsample=downsample, dilation=dilation
+    )
+    x = images(2, 32, 5, 6).contiguous(memory_format=torch.channels_last)
+    assert_same_function(randomize(block), rf.fuse, x, training=True, deep=False)
+
+
+@needs_torchvision
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     ("inplanes", "planes", "size"),

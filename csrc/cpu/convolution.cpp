@@ -149,6 +149,47 @@ Tensor winograd(const Tensor& x, const Tensor& weight, bool transposed) {
   return y;
 }
 
+// From this many elements of weight on, images are small, and the gradient of the weight is a
+// product with the unfolded input (im2col): on two cores of a Zen 4, batch 8, 512 channels, 3x3 on
+// 7x7 images, 8.5 -> 5.6 ms in bfloat16, and 14.0 -> 5.6 ms with stride 2. At a quarter of it
+// oneDNN is as fast.
+constexpr int64_t kUnfoldedWeights = 1 << 21;
+
+bool by_unfolding(const Tensor& x, const Tensor& weight, const int64_t* geometry) {
+  return weight.numel() >= kUnfoldedWeights && geometry[6] == 1 && geometry[0] == geometry[1] &&
+         (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16) &&
+         weight.size(2) * weight.size(3) > 1 && is_channels_last_dense(x) && x.numel() > 0;
+}
+
+Tensor weight_gradient(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                       const int64_t* geometry) {
+  const int64_t batch = x.size(0), channels = x.size(1);
+  const int64_t element = x.scalar_type() == ScalarType::Float ? 4 : 2;
+  const Activation in{static_cast<char*>(const_cast<void*>(x.const_data_ptr())),
+                      x.size(2),
+                      x.size(3),
+                      channels,
+                      0,
+                      element};
+  Activation bordered = in;
+  bordered.border = geometry[0];
+  const Tensor memory = empty_vector(batch * bordered.image() / element, dtype_code(x));
+  bordered.data = static_cast<char*>(memory.mutable_data_ptr());
+  copy_into_border(in, bordered, batch);
+  const int64_t image = bordered.image() / element, row = bordered.row() / element;
+  const Tensor taps = as_strided(
+      memory, {batch, grad_y.size(2), grad_y.size(3), weight.size(2), weight.size(3), channels},
+      {image, geometry[2] * row, geometry[3] * channels, geometry[4] * row, geometry[5] * channels,
+       1});
+  const Tensor grad_rows = Pixels(grad_y, kEveryPixel).matrix(grad_y);
+  const int64_t tap_row = weight.size(3) * channels, filter = weight.size(2) * tap_row;
+  const Tensor unfolded =
+      call<1>("aten::reshape", "", taps, std::vector<int64_t>{grad_rows.size(0), filter})[0];
+  const Tensor matrix = product(transposed(grad_rows), unfolded);
+  return as_strided(matrix, {weight.size(0), channels, weight.size(2), weight.size(3)},
+                    {filter, 1, tap_row, channels});
+}
+
 std::vector<int64_t> pair(const int64_t* geometry, int64_t i) {
   return {geometry[2 * i], geometry[2 * i + 1]};
 }
@@ -193,18 +234,24 @@ std::pair<Tensor, Tensor> convolve_backward(const Tensor& grad_y, const Tensor& 
     }
     return {grad_x, grad_weight};
   }
-  Tensor grad_x;
-  if (want_grad_x && by_winograd(x, weight, geometry) && is_channels_last_dense(grad_y)) {
-    grad_x = winograd(grad_y, weight, true);
-    if (!want_grad_weight) return {grad_x, Tensor()};
+  Tensor grad_x, grad_weight;
+  if (is_channels_last_dense(grad_y)) {
+    if (want_grad_x && by_winograd(x, weight, geometry)) grad_x = winograd(grad_y, weight, true);
+    if (want_grad_weight && by_unfolding(x, weight, geometry)) {
+      grad_weight = weight_gradient(grad_y, x, weight, geometry);
+    }
   }
-  const bool has_grad_x = grad_x.defined();
-  const std::array<bool, 3> mask{want_grad_x && !has_grad_x, want_grad_weight, false};
-  auto grads =
-      call<3>("aten::convolution_backward", "", grad_y, x, weight, std::nullopt, pair(geometry, 1),
-              pair(geometry, 0), pair(geometry, 2), false, std::vector<int64_t>{0, 0}, geometry[6],
-              torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
-  return {has_grad_x ? grad_x : grads[0], grads[1]};
+  const std::array<bool, 3> mask{want_grad_x && !grad_x.defined(),
+                                 want_grad_weight && !grad_weight.defined(), false};
+  if (mask[0] || mask[1]) {
+    auto grads = call<3>("aten::convolution_backward", "", grad_y, x, weight, std::nullopt,
+                         pair(geometry, 1), pair(geometry, 0), pair(geometry, 2), false,
+                         std::vector<int64_t>{0, 0}, geometry[6],
+                         torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
+    if (mask[0]) grad_x = grads[0];
+    if (mask[1]) grad_weight = grads[1];
+  }
+  return {grad_x, grad_weight};
 }
 
 }  // namespace resnet_fused::cpu
