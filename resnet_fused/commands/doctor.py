@@ -306,7 +306,11 @@ def _extension_text(extension: dict[str, Any]) -> str:
         return f"not loaded: {extension.get('reason') or extension['error']}"
     build = extension["build"]
     cuda = f"CUDA for {', '.join(extension['archs'])}" if extension["cuda"] else "no CUDA"
-    return f"loaded; {cuda}; CPU code path {build['isa']}; compiler {build['compiler']}"
+    own = ", ".join(build["convolutions"]) or "no dtype (oneDNN's are used)"
+    return (
+        f"loaded; {cuda}; CPU code path {build['isa']}, direct convolutions in {own};"
+        f" compiler {build['compiler']}"
+    )
 
 
 def _cpu_text(cpu: dict[str, Any]) -> str:
