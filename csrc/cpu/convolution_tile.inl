@@ -19,8 +19,7 @@ __attribute__((always_inline)) inline __m512 dot<BFloat16>(__m512 acc, const cha
 }
 #endif
 
-// Weights are asked for so many bytes ahead: the hardware's prefetchers stop at the end of each
-// page.
+// Weights are asked for so many bytes ahead, across the ends of pages.
 constexpr int64_t kAhead = 6144;
 
 // 2 * kPixels accumulators, two registers of weights and one of x: 31 of 32 for 14 pixels. A word
