@@ -235,12 +235,12 @@ def test_misaligned() -> None:
     assert torch.equal(run(x, blocks), run(values, blocks))
 
 
-@pytest.mark.parametrize("training_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_models_run_it(
-    name: str, training_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+    name: str, autocast_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if training_dtype is not None and training_dtype not in SUPPORTED:
+    if autocast_dtype is not None and autocast_dtype not in SUPPORTED:
         pytest.skip("no inner loops for bfloat16: this CPU has no AVX-512 BF16")
     model = getattr(models, name)(num_classes=10)
     x = normal((2, 3, 64, 64), 1).float()
@@ -255,12 +255,12 @@ def test_models_run_it(
         return original(x, blocks, stem)
 
     monkeypatch.setattr(direct, "run", spy)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=training_dtype is not None):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast_dtype is not None):
         outs = [model(x) for _ in range(3)]
         with torch.enable_grad():
             eager = model(x)
     assert calls == [True, True]
-    tolerance = 1e-4 if training_dtype is None else 0.1
+    tolerance = 1e-4 if autocast_dtype is None else 0.1
     for out in outs:
         torch.testing.assert_close(out, eager.detach(), rtol=tolerance, atol=tolerance)
 

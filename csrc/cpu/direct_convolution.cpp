@@ -19,8 +19,6 @@ constexpr int64_t kSmallWeights = 1048576;
 constexpr int64_t kChunkBytes = 131072;
 constexpr int64_t kLargeChunkBytes = 524288;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 char* Buffer::of_size(int64_t bytes) {

@@ -89,7 +89,9 @@ class Runner {
       if (late.image() + next.image() < net_.blocks[early].weight_bytes()) break;
       late = next;
     }
-    if (early == 0 && !net_.stem) return run_blocks(0, x, false, out, images);
+    if (early == 0 && !net_.stem) {
+      return run_blocks(0, net_.blocks.size(), x, false, out, images);
+    }
     if (early == net_.blocks.size()) {
       for (int64_t n = 0; n < images; ++n) run_early(early, x.from_image(n), out.from_image(n));
       return;
@@ -112,11 +114,6 @@ class Runner {
     clear_border(pooled, 1);
     run_stem(x, pooled);
     run_blocks(0, blocks, pooled, true, out, 1);
-  }
-
-  void run_blocks(size_t begin, const Activation& x, bool own, const Activation& out,
-                  int64_t images) {
-    run_blocks(begin, net_.blocks.size(), x, own, out, images);
   }
 
   // own: whether x may be overwritten.

@@ -18,6 +18,8 @@ namespace resnet_fused::cpu {
 
 using OptionalTensor = std::optional<Tensor>;
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Elements that make up for waking another thread.
 constexpr int64_t kGrain = 16384;
 
@@ -168,8 +170,6 @@ struct Geometry {
   int64_t column_of(int64_t channel, int64_t copy) const {
     return channels_last ? copy * channels + channel : channel * kPlaneWidth + copy;
   }
-
-  static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
   // Rows end where registers end, if that does not make them too long.
   static int64_t copies_for(int64_t channels) {

@@ -1,10 +1,9 @@
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstring>
 #include <limits>
 
 #include "cpu/direct_convolution.h"
+#include "cpu/tensors.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -14,8 +13,6 @@ constexpr int64_t kPositions = 16;
 constexpr int64_t kGap = 64;
 constexpr int64_t kTransformedBytes = 262144;
 constexpr int64_t kProductStride = kTileChannels * sizeof(float);
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Three values to G g: (g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2), `step` arrays apart.
 void expand(const float* g0, const float* g1, const float* g2, float* out, int64_t step) {
