@@ -22,17 +22,17 @@ PY ?= .venv/bin/python
 SCRIPTS = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 PIP = $(PY) -m pip --disable-pip-version-check -qq
 STAMPS := $(if $(NAMED),build/stamps/$(subst /,-,$(abspath $(PY))),.venv/stamps)
-CPP_FILES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.inl tests/emulator/*)
+CPP_FILES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.inl tests/*.cu)
 
 # requirements-test.txt in two parts: resolved by pip, and installed with --no-deps.
 RESOLVED := sed '/--no-deps,/,$$d' requirements-test.txt
 UNRESOLVED := sed '1,/--no-deps,/d' requirements-test.txt
 
-.PHONY: help demo test lint bench wheel clean extension
+.PHONY: help demo test test-emulator test-emulator-asan lint bench wheel clean extension
 
 help: ## show this list
-	@grep -E '^[a-z]+:.* ## ' $(MAKEFILE_LIST) | sed -E 's/:.* ## /\t/' | \
-	  awk -F'\t' '{ printf "make %-7s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.* ## ' $(MAKEFILE_LIST) | sed -E 's/:.* ## /\t/' | \
+	  awk -F'\t' '{ printf "make %-18s %s\n", $$1, $$2 }'
 	@echo
 	@echo "VENV=DIR or PYTHON=EXE: use that environment, which must have torch, instead of .venv."
 	@echo "PYTHON=EXE without torch: make .venv with that interpreter. ARGS=...: passed to the command."
@@ -42,6 +42,12 @@ demo: $(STAMPS)/package extension ## set up, then run the main job on real input
 
 test: $(STAMPS)/package extension ## set up, then run all tests
 	$(PY) -m pytest $(ARGS)
+
+test-emulator: $(STAMPS)/package extension ## run the CUDA kernels on the CPU only: part of the tests
+	$(PY) -m pytest -m emulator $(ARGS)
+
+test-emulator-asan: $(STAMPS)/package extension ## the same under AddressSanitizer
+	variables=$$($(PY) tests/emulation.py) && env $$variables $(PY) -m pytest -m emulator $(ARGS)
 
 lint: $(STAMPS)/tools ## ruff, mypy, clang-format
 	$(PY) -m ruff check .

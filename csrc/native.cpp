@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <string>
 
+#include "common/schemas.h"
 #include "cpu/isa.h"
 
 namespace {
@@ -32,25 +33,7 @@ std::string build_info() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(resnet_fused_native, m) {
-  m.def("add_relu(Tensor x, Tensor residual) -> Tensor");
-  m.def("add_relu_backward(Tensor grad_out, Tensor out) -> Tensor");
-  m.def(
-      "bn_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, bool training, float momentum, float eps, Tensor? residual, "
-      "bool residual_bn, Tensor? residual_weight, Tensor? residual_bias, "
-      "Tensor(c!)? residual_running_mean, Tensor(d!)? residual_running_var, "
-      "bool residual_training, float residual_momentum, float residual_eps, bool relu) "
-      "-> (Tensor out, Tensor mean, Tensor invstd, Tensor residual_mean, Tensor residual_invstd)");
-  m.def(
-      "bn_relu_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
-      "bool relu) -> Tensor");
-  m.def(
-      "bn_relu_backward(Tensor grad_out, Tensor x, Tensor? out, Tensor? weight, Tensor? bias, "
-      "Tensor mean, Tensor invstd, bool training, bool has_residual, Tensor? residual, "
-      "bool residual_bn, Tensor? residual_weight, Tensor? residual_mean, "
-      "Tensor? residual_invstd, bool residual_training, bool relu) "
-      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual, "
-      "Tensor grad_residual_weight, Tensor grad_residual_bias)");
+  for (const char* schema : resnet_fused::kKernelSchemas) m.def(schema);
   m.def(
       "residual_blocks(Tensor x, Tensor[] weights, Tensor[] shifts, int[] geometry, "
       "int[] convolutions, int[] projections) -> Tensor");

@@ -50,9 +50,9 @@ _IMPLEMENTATIONS: dict[str, dict[str, _Implementation]] = {
     "add_relu": _native("add_relu", "cpu", "cuda") | _reference("add_relu"),
     "add_relu_backward": _native("add_relu_backward", "cpu", "cuda")
     | _reference("add_relu_backward"),
-    "bn_relu": _native("bn_relu", "cpu") | _reference("bn_relu"),
-    "bn_relu_apply": _native("bn_relu_apply", "cpu") | _reference("bn_relu_apply"),
-    "bn_relu_backward": _native("bn_relu_backward", "cpu") | _reference("bn_relu_backward"),
+    "bn_relu": _native("bn_relu", "cpu", "cuda") | _reference("bn_relu"),
+    "bn_relu_apply": _native("bn_relu_apply", "cpu", "cuda") | _reference("bn_relu_apply"),
+    "bn_relu_backward": _native("bn_relu_backward", "cpu", "cuda") | _reference("bn_relu_backward"),
     "conv_bn_relu": _onednn("conv_bn_relu") | _reference("conv_bn_relu"),
     "conv_bn_relu_": _onednn("conv_bn_relu_") | _reference("conv_bn_relu_"),
     "conv_bn_relu_backward": _onednn("conv_bn_relu_backward") | _reference("conv_bn_relu_backward"),

@@ -15,6 +15,18 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
+def mask_shape(x: Tensor) -> tuple[int, int]:
+    """Shape of the bit mask of a ReLU whose output has the layout of `x`: runs, bytes of each.
+
+    x: (N, C, H, W), dense. A run is the channels of a pixel in channels_last, a plane in NCHW; bit
+    i % 8 of byte i // 8 belongs to its element i.
+    """
+    n, c, h, w = x.shape
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return n * h * w, -(-c // 8)
+    return n * c, -(-h * w // 8)
+
+
 def convolution_shape(
     x: Sequence[int],
     weight: Sequence[int],

@@ -7,7 +7,8 @@ import torch
 
 from resnet_fused import _extension
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CPU_DTYPES = (*_CUDA_DTYPES, torch.float64)
 
 
 def launcher(operator: str) -> Callable[..., Any]:
@@ -23,7 +24,7 @@ def unsupported_on_cpu(device_type: str, dtype: torch.dtype) -> str | None:
     """Why the C++ CPU kernels cannot run for such tensors; None if they can."""
     if device_type != "cpu":
         return f"it runs on cpu tensors, got {device_type}"
-    return _unsupported(dtype)
+    return _unsupported(dtype, _CPU_DTYPES)
 
 
 def unsupported_on_cuda(device_type: str, dtype: torch.dtype) -> str | None:
@@ -40,7 +41,7 @@ def unsupported_on_cuda(device_type: str, dtype: torch.dtype) -> str | None:
                 f"the extension has no code for compute capability {capability[0]}.{capability[1]}"
                 f" (it was built for {', '.join(archs)}; see TORCH_CUDA_ARCH_LIST)"
             )
-    return _unsupported(dtype)
+    return _unsupported(dtype, _CUDA_DTYPES)
 
 
 def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
@@ -54,7 +55,7 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
     return capability[0] == major and capability[1] >= minor
 
 
-def _unsupported(dtype: torch.dtype) -> str | None:
+def _unsupported(dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> str | None:
     if not _extension.load():
         return f"the compiled extension is not available ({_extension.error()})"
-    return None if dtype in _DTYPES else f"it does not take {dtype}"
+    return None if dtype in dtypes else f"it does not take {dtype}"

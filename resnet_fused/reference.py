@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_fused.layout import memory_format
+from resnet_fused.layout import mask_shape, memory_format
 
 _CHANNEL_DIMS = (0, 2, 3)
 
@@ -49,7 +49,8 @@ def bn_relu(
     residual_momentum: float,
     residual_eps: float,
     relu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     mean, invstd = _statistics(x, running_mean, running_var, training, momentum, eps)
     total = _affine(x, weight, bias, mean, invstd)
     residual_mean, residual_invstd = mean.new_empty(0), mean.new_empty(0)
@@ -67,8 +68,9 @@ def bn_relu(
         )
     elif residual is not None:
         total = total + residual
-    out = torch.relu(total) if relu else total
-    return out.to(x.dtype), mean, invstd, residual_mean, residual_invstd
+    out = (torch.relu(total) if relu else total).to(x.dtype)
+    mask = _pack_mask(out, x) if save_mask else x.new_empty(0, dtype=torch.uint8)
+    return out, mean, invstd, residual_mean, residual_invstd, mask
 
 
 def bn_relu_apply(
@@ -87,6 +89,7 @@ def bn_relu_backward(
     grad_out: Tensor,
     x: Tensor,
     out: Tensor | None,
+    mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
@@ -96,21 +99,30 @@ def bn_relu_backward(
     residual: Tensor | None,
     residual_bn: bool,
     residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
     residual_mean: Tensor | None,
     residual_invstd: Tensor | None,
     residual_training: bool,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if residual_bn and (residual is None or residual_mean is None or residual_invstd is None):
+        raise ValueError("bn_relu_backward: residual_bn needs residual and its statistics")
     grad = grad_out.to(mean.dtype)
-    if relu:
-        signed = _affine(x, weight, bias, mean, invstd) if out is None else out
-        grad = torch.where(signed <= 0, 0, grad)
+    if relu and mask is not None:
+        grad = torch.where(_unpack_mask(mask, x), grad, 0)
+    elif relu:
+        total = out
+        if total is None:
+            total = _affine(x, weight, bias, mean, invstd)
+            if residual is not None and residual_mean is not None and residual_invstd is not None:
+                total = total + _affine(
+                    residual, residual_weight, residual_bias, residual_mean, residual_invstd
+                )
+        grad = torch.where(total <= 0, 0, grad)
     grad_x, grad_weight, grad_bias = _bn_backward(grad, x, weight, mean, invstd, training)
     grad_residual = x.new_empty(0)
     grad_residual_weight, grad_residual_bias = grad_weight.new_empty(0), grad_weight.new_empty(0)
-    if has_residual and residual_bn:
-        if residual is None or residual_mean is None or residual_invstd is None:
-            raise ValueError("bn_relu_backward: residual_bn needs residual and its statistics")
+    if residual is not None and residual_mean is not None and residual_invstd is not None:
         grad_residual, grad_residual_weight, grad_residual_bias = _bn_backward(
             grad, residual, residual_weight, residual_mean, residual_invstd, residual_training
         )
@@ -251,6 +263,28 @@ def _bn_backward(
     grad_x = (grad * _per_channel(scale, dtype)).to(x.dtype)
     parameter_dtype = dtype if weight is None else weight.dtype
     return grad_x, sum_grad_xhat.to(parameter_dtype), sum_grad.to(parameter_dtype)
+
+
+def _pack_mask(out: Tensor, x: Tensor) -> Tensor:
+    """One bit per element, 1 where a gradient passes the ReLU; laid out as `mask_shape(x)` says."""
+    runs, run_bytes = mask_shape(x)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        out = out.permute(0, 2, 3, 1)
+    passes = ~(out <= 0).reshape(runs, -1)
+    bits = F.pad(passes, (0, 8 * run_bytes - passes.size(1))).view(runs, run_bytes, 8)
+    return (bits << _bit_positions(x)).sum(2, dtype=torch.uint8)
+
+
+def _unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    bits = (mask.unsqueeze(2) >> _bit_positions(x) & 1).bool().flatten(1)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return bits[:, :c].reshape(n, h, w, c).permute(0, 3, 1, 2)
+    return bits[:, : h * w].reshape(n, c, h, w)
+
+
+def _bit_positions(x: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=x.device)
 
 
 def _per_channel(vector: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,12 +5,15 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import emulated_backend
 import pytest
 import torch
 from torch import Tensor
 
 import resnet_fused as rf
 from resnet_fused import backends
+
+emulated_backend.install()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -115,47 +118,56 @@ def grid(
 ) -> list[Any]:
     """Parameters of a test: every shape, dtype and layout on every backend that runs here.
 
-    Each of the other backends is one skipped test with the reason.
+    Each of the other backends is one skipped test for each dtype, with the reason.
     """
     parameters = []
     shapes, dtypes, layouts = list(shapes), list(dtypes), list(layouts)
-    for backend in backends.NAMES:
-        reason = missing(operator, backend)
+    for backend, dtype in itertools.product(backends.NAMES, dtypes):
+        reason = missing(operator, backend, dtype)
+        name = str(dtype).removeprefix("torch.")
         if reason is not None:
-            case = Case(backend, shapes[0], dtypes[0], layouts[0])
-            parameters.append(pytest.param(case, id=backend, marks=pytest.mark.skip(reason=reason)))
+            case, mark = (
+                Case(backend, shapes[0], dtype, layouts[0]),
+                pytest.mark.skip(reason=reason),
+            )
+            parameters.append(pytest.param(case, id=f"{backend}-{name}", marks=mark))
             continue
-        for shape, dtype, layout in itertools.product(shapes, dtypes, layouts):
-            name = f"{backend}-{'x'.join(map(str, shape))}-{str(dtype).removeprefix('torch.')}"
+        for shape, layout in itertools.product(shapes, layouts):
             parameters.append(
-                pytest.param(Case(backend, shape, dtype, layout), id=f"{name}-{layout}")
+                pytest.param(
+                    Case(backend, shape, dtype, layout),
+                    id=f"{backend}-{'x'.join(map(str, shape))}-{name}-{layout}",
+                    marks=marks_of(backend),
+                )
             )
     return parameters
 
 
-def on_backends(operator: str) -> list[Any]:
-    """Names of the backends that run `operator` here, and skips for the others."""
+def on_backends(operator: str, dtype: torch.dtype = torch.float32) -> list[Any]:
+    """Names of the backends that run `operator` here on `dtype`, and skips for the others."""
     names = []
     for backend in backends.NAMES:
-        reason = missing(operator, backend)
-        names.append(
-            backend
-            if reason is None
-            else pytest.param(backend, marks=pytest.mark.skip(reason=reason))
-        )
+        reason = missing(operator, backend, dtype)
+        marks = marks_of(backend) if reason is None else [pytest.mark.skip(reason=reason)]
+        names.append(pytest.param(backend, marks=marks))
     return names
 
 
-def missing(operator: str, backend: str) -> str | None:
-    """Why `backend` does not run `operator` here; None if it does."""
-    if device_of(backend) == "cuda" and not torch.cuda.is_available():
+def missing(operator: str, backend: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why `backend` does not run `operator` here on `dtype`; None if it does."""
+    device_type = device_of(backend)
+    if device_type == "cuda" and not torch.cuda.is_available():
         return f"{backend}: no CUDA device"
-    try:
-        with rf.backend(backend):
-            backends.choose(operator, torch.empty(0, device=device_of(backend)))
-    except RuntimeError as failure:
-        return str(failure)
-    return None
+    implementation = backends._IMPLEMENTATIONS[operator].get(backend)
+    if implementation is None:
+        return f"{backend}: it has no implementation of {operator}"
+    reason = implementation.unsupported(device_type, dtype)
+    return None if reason is None else f"{backend}: {reason}"
+
+
+def marks_of(backend: str) -> list[pytest.MarkDecorator]:
+    """The marker `emulator` for tests on the emulated kernels."""
+    return [pytest.mark.emulator] if backend == emulated_backend.NAME else []
 
 
 def device_of(backend: str) -> str:

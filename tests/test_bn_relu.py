@@ -17,6 +17,7 @@ from numerics import (
     assert_same_function,
     device_of,
     grid,
+    missing,
     no_recompilation,
     normal,
     on_backends,
@@ -259,7 +260,7 @@ def test_empty_batch_in_evaluation(backend: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("backend", on_backends("bn_relu"))
+@pytest.mark.parametrize("backend", on_backends("bn_relu", torch.float64))
 def test_second_derivatives(backend: str, variant: str) -> None:
     case = Case(backend, (2, 3, 2, 2), torch.float64, "nchw")
     tensors = {n: t.requires_grad_() for n, t in arguments(case, VARIANTS[variant]).items()}
@@ -333,7 +334,10 @@ def test_apply_repeats_the_forward_bit_by_bit(case: Case, training: bool, relu: 
 
 
 def calls(case: Case, variant: Variant, requires_grad: bool) -> list[tuple[Any, tuple[Any, ...]]]:
-    """Overloads and their arguments: bn_relu, its backward and, without residual, bn_relu_apply."""
+    """Overloads and their arguments: bn_relu, its backward and, without residual, bn_relu_apply.
+
+    With a mask where there can be one, except on CPUs.
+    """
     tensors = arguments(case, variant)
     tensors = {n: t.detach().requires_grad_(requires_grad) for n, t in tensors.items()}
     get = tensors.get
@@ -346,13 +350,18 @@ def calls(case: Case, variant: Variant, requires_grad: bool) -> list[tuple[Any, 
         *(residual, residual_bn, get("residual_weight"), get("residual_bias"), *residual_stats),
         *(residual_training, MOMENTUM, EPS, variant.relu),
     )
-    out = case.other(10).relu()
+    out, mask = case.other(10).relu(), None
+    save_mask = variant.relu and variant.residual and not residual_bn and case.backend != "cpu"
+    if save_mask:
+        with rf.backend("reference"), torch.no_grad():
+            mask = ops.bn_relu(*forward, True)[5]
     backward = (
-        *(case.other(11), x, out, get("weight"), get("bias"), *stats[:2], variant.training),
-        *(residual is not None, residual, residual_bn, get("residual_weight"), *residual_stats),
-        *(residual_training, variant.relu),
+        *(case.other(11), x, out, mask, get("weight"), get("bias"), *stats[:2], variant.training),
+        *(residual is not None, residual, residual_bn, get("residual_weight")),
+        *(get("residual_bias"), *residual_stats, residual_training, variant.relu),
     )
-    listed = [(ops.bn_relu.default, forward), (ops.bn_relu_backward.default, backward)]
+    listed = [(ops.bn_relu_backward.default, backward)]
+    listed += [(ops.bn_relu.default, (*forward, flag)) for flag in {False, save_mask}]
     if residual is None and not requires_grad:
         apply = (x, get("weight"), get("bias"), *stats[:2], variant.relu)
         listed.append((ops.bn_relu_apply.default, apply))
@@ -558,37 +567,37 @@ BELOW: dict[str, tuple[str, tuple[Any, ...], str]] = {
     ),
     "backward: grad_out": (
         "bn_relu_backward",
-        (X[:1], X, None, C, C, C, C, True, False, None, False, None, None, None, False, True),
+        (X[:1], X, *(None, None, C, C, C, C, True, False, None, False), *(None,) * 4, False, True),
         "grad_out must have the shape of x",
     ),
     "backward: out": (
         "bn_relu_backward",
-        (X, X, None, C, C, C, C, True, True, None, False, None, None, None, False, True),
-        "out must be given",
+        (X, X, *(None, None, C, C, C, C, True, True, None, False), *(None,) * 4, False, True),
+        "(out|mask|out or mask) must be given",
     ),
     "backward: residual": (
         "bn_relu_backward",
-        (X, X, X, C, C, C, C, True, True, None, True, C, C, C, False, True),
+        (X, X, X, None, C, C, C, C, True, True, None, True, C, C, C, C, False, True),
         "residual must be a Tensor",
     ),
     "backward: statistics of the residual": (
         "bn_relu_backward",
-        (X, X, X, C, C, C, C, True, True, X, True, C, None, None, True, True),
+        (X, X, X, None, C, C, C, C, True, True, X, True, C, C, None, None, True, True),
         "residual_mean must be a Tensor",
     ),
     "backward: channels of the residual": (
         "bn_relu_backward",
-        (X, X, X, C, C, C, C, True, True, X, True, torch.ones(5), C, C, True, True),
+        (X, X, X, None, C, C, C, C, True, True, X, True, torch.ones(5), C, C, C, True, True),
         "residual_weight must have one value",
     ),
     "backward: has_residual": (
         "bn_relu_backward",
-        (X, X, X, C, C, C, C, True, False, X, True, C, C, C, True, True),
+        (X, X, X, None, C, C, C, C, True, False, X, True, C, C, C, C, True, True),
         "has_residual must be",
     ),
     "backward: mean": (
         "bn_relu_backward",
-        (X, X, None, C, C, None, C, True, False, None, False, None, None, None, False, True),
+        (X, X, *(None, None, C, C, None, C, True, False, None, False), *(None,) * 4, False, True),
         "mean must be a Tensor",
     ),
 }
@@ -605,7 +614,7 @@ def test_bad_input_below_the_public_function(bad: str, backend: str) -> None:
         getattr(ops, name)(*arguments)
 
 
-@pytest.mark.skipif("cpu" not in on_backends("bn_relu"), reason="the extension is not available")
+@pytest.mark.skipif(missing("bn_relu", "cpu") is not None, reason=str(missing("bn_relu", "cpu")))
 @pytest.mark.parametrize("bad", BELOW)
 def test_bad_input_of_the_native_operators(bad: str) -> None:
     name, arguments, _ = BELOW[bad]

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from resnet_fused import _extension
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 needs_extension = pytest.mark.skipif(
@@ -151,111 +147,3 @@ def cuobjdump(*options: str) -> str:
         timeout=120,
     )
     return done.stdout
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the emulated kernels with")
-    if not (ROOT / "csrc").is_dir():
-        pytest.skip("csrc is not beside the tests")
-    torch_dir = Path(torch.__file__).parent
-    library = tmp_path_factory.mktemp("emulated") / "add_relu.so"
-    subprocess.run(
-        [
-            *(compiler, "-shared", "-fPIC", "-O1", "-std=c++20", "-Wno-unknown-pragmas"),
-            # An access that is not aligned as its type promises ends the process.
-            *("-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"),
-            *("-DRESNET_FUSED_EMULATE", "-DTORCH_STABLE_ONLY"),
-            *("-DTORCH_TARGET_VERSION=0x020b000000000000",),
-            *("-I", str(ROOT / "csrc"), "-I", str(ROOT / "tests/emulator")),
-            *("-isystem", str(torch_dir / "include"), "-x", "c++"),
-            *(str(ROOT / "csrc/cuda/add_relu.cu"), str(ROOT / "tests/emulator/schemas.cpp")),
-            *("-o", str(library), f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu"),
-        ],
-        check=True,
-        timeout=120,
-    )
-    torch.ops.load_library(str(library))
-    return torch.ops.resnet_fused_emulated
-
-
-class TestEmulated:
-    """The source of the CUDA kernels, compiled as C++ and run on CPU tensors."""
-
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_values_at_every_alignment_and_length(self, emulated: Any, dtype: torch.dtype) -> None:
-        # Lengths around one vector, one block of vectors and several blocks.
-        for n, offset in itertools.product((1, 2, 7, 8, 9, 1023, 4096, 8193), (0, 1, 4)):
-            x, residual, grad_out = (cut_out(n, offset, dtype, seed) for seed in (0, 1, 2))
-            expected = torch.relu(x + residual)
-            out = emulated.add_relu(x, residual)
-            assert torch.equal(out, expected), (n, offset)
-            grad = emulated.add_relu_backward(grad_out, out)
-            assert torch.equal(grad, grad_out * (out > 0)), (n, offset)
-
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_nan_and_infinity_pass_as_in_torch(self, emulated: Any, dtype: torch.dtype) -> None:
-        inf, nan = float("inf"), float("nan")
-        x = torch.tensor([nan, inf, -inf, 1.0, inf, -1.0, 0.0, -0.0], dtype=dtype).view(1, 8, 1, 1)
-        residual = torch.tensor([1.0, 1, 1, nan, -inf, 1, 0, 0], dtype=dtype).view(1, 8, 1, 1)
-        expected = torch.relu(x + residual)
-        out = emulated.add_relu(x, residual)
-        assert torch.equal(out.isnan(), expected.isnan())
-        assert torch.equal(out.nan_to_num(), expected.nan_to_num())
-        grad = emulated.add_relu_backward(torch.ones_like(out), out)
-        eager = torch.ops.aten.threshold_backward(torch.ones_like(out), expected, 0)
-        assert torch.equal(grad, eager)
-
-    def test_channels_last_and_empty(self, emulated: Any) -> None:
-        x = torch.randn(2, 3, 5, 7).contiguous(memory_format=torch.channels_last)
-        residual = torch.randn_like(x)
-        out = emulated.add_relu(x, residual)
-        assert torch.equal(out, torch.relu(x + residual))
-        assert out.stride() == x.stride()
-        assert emulated.add_relu(x[:0], residual[:0]).shape == (0, 3, 5, 7)
-
-    @pytest.mark.parametrize(
-        ("x", "residual", "message"),
-        [
-            (
-                torch.ones(1, 2, 3, 4),
-                torch.ones(1, 2, 3, 5),
-                r"add_relu: residual must have the shape of x \(1, 2, 3, 4\), got \(1, 2, 3, 5\)",
-            ),
-            (
-                torch.ones(1, 2, 3, 4),
-                torch.ones(1, 2, 3, 4).half(),
-                "add_relu: residual must have the dtype of x Float, got Half",
-            ),
-            (
-                torch.ones(1, 2, 3, 4),
-                torch.ones(1, 2, 3, 4).contiguous(memory_format=torch.channels_last),
-                "add_relu: residual must have the strides of x",
-            ),
-            (
-                torch.ones(1, 2, 3, 8)[..., ::2],
-                torch.ones(1, 2, 3, 8)[..., ::2],
-                "add_relu: x must be a 4-d tensor, contiguous or channels_last, got shape",
-            ),
-            (
-                torch.ones(1, 2, 3, 4).int(),
-                torch.ones(1, 2, 3, 4).int(),
-                "add_relu: x must be float32, float64, float16 or bfloat16, got Int",
-            ),
-        ],
-        ids=["shape", "dtype", "layout", "strides", "integers"],
-    )
-    def test_bad_input_is_named(
-        self, emulated: Any, x: Tensor, residual: Tensor, message: str
-    ) -> None:
-        with pytest.raises(RuntimeError, match=f"^{message}"):
-            emulated.add_relu(x, residual)
-
-
-def cut_out(n: int, offset: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Make n elements at an offset into a larger buffer: addresses are really misaligned then."""
-    generator = torch.Generator().manual_seed(seed)
-    buffer = torch.randn(n + offset, generator=generator).to(dtype)
-    return buffer[offset:].view(1, n, 1, 1)

@@ -133,16 +133,18 @@ class Case(NamedTuple):
             0.3,
             1e-3,
             self.relu,
+            False,
         )
         return out
 
     def native_backward(self, grad_out: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        out, mean, invstd, residual_mean, residual_invstd = saved
+        out, mean, invstd, residual_mean, residual_invstd, *_ = saved
         other = self.residual_params
         grads: tuple[Tensor, ...] = ops.bn_relu_backward(
             grad_out,
             self.x,
             out if self.residual is not None else None,
+            None,
             self.params.weight,
             self.params.bias,
             mean,
@@ -152,6 +154,7 @@ class Case(NamedTuple):
             self.residual if other else None,
             other is not None,
             other.weight if other else None,
+            None,
             residual_mean if other else None,
             residual_invstd if other else None,
             self.residual_training,
@@ -367,8 +370,8 @@ def test_sign_recomputed_from_x_equals_sign_of_out(dtype: torch.dtype) -> None:
         out, mean, invstd, *_ = case.native_forward()
         assert dtype in (torch.float32, torch.float64) or 0 < (out == 0).double().mean() < 1
         grad_out = torch.ones_like(out)
-        args = (case.params.weight, case.params.bias, mean, invstd, True, False)
-        tail = (None, False, None, None, None, False, True)
+        args = (None, case.params.weight, case.params.bias, mean, invstd, True, False)
+        tail = (None, False, None, None, None, None, False, True)
         recomputed = ops.bn_relu_backward(grad_out, case.x, None, *args, *tail)
         given = ops.bn_relu_backward(grad_out, case.x, out, *args, *tail)
         for a, b in zip(recomputed, given, strict=True):
@@ -397,14 +400,15 @@ def test_without_parameters_and_running_statistics(layout: str) -> None:
     x = make((2, 5, 4, 3), torch.float32, layout)
     none = (None,) * 4
     out, mean, invstd, *rest = ops.bn_relu(
-        x, *none, True, 0.1, 1e-5, None, False, *none, False, 0.1, 1e-5, True
+        x, *none, True, 0.1, 1e-5, None, False, *none, False, 0.1, 1e-5, True, False
     )
     exact = F.batch_norm(x.double(), None, None, training=True).relu()
     eager = F.batch_norm(x, None, None, training=True).relu()
     assert_as_accurate_as_eager("out", out, eager, exact)
-    assert [t.shape for t in rest] == [(0,), (0,)]
+    assert [t.shape for t in rest] == [(0,), (0,), (0,)]
     grads = ops.bn_relu_backward(
-        x, x, None, None, None, mean, invstd, True, False, *(None, False), *(None,) * 3, False, True
+        *(x, x, None, None, None, None, mean, invstd, True, False, None, False),
+        *(*(None,) * 4, False, True),
     )
     assert grads[1].dtype == torch.float32
     assert grads[1].shape == grads[2].shape == (5,)
@@ -560,6 +564,7 @@ def bn_relu(x: Tensor, params: Any = None, training: bool = True, **kwargs: Any)
         0.1,
         1e-5,
         True,
+        kwargs.get("save_mask", False),
     )
 
 
@@ -603,6 +608,10 @@ X = torch.ones(2, 3, 4, 5)
             "bn_relu: residual_bias must have one value for each channel",
         ),
         (
+            lambda: bn_relu(X, residual=X, save_mask=True),
+            "bn_relu: save_mask must be False on a CPU",
+        ),
+        (
             lambda: bn_relu(X, training=False),
             "bn_relu: running_mean and running_var must be given when not training",
         ),
@@ -620,22 +629,22 @@ X = torch.ones(2, 3, 4, 5)
         ),
         (
             lambda: ops.bn_relu_backward(
-                *(X, X, None, None, None, torch.ones(3), torch.ones(3), True, True),
-                *(None, False, None, None, None, False, True),
+                *(X, X, None, None, None, None, torch.ones(3), torch.ones(3), True, True),
+                *(None, False, None, None, None, None, False, True),
             ),
             "bn_relu_backward: out must be given when there are a residual and a ReLU",
         ),
         (
             lambda: ops.bn_relu_backward(
-                *(X[:1], X, None, None, None, torch.ones(3), torch.ones(3), True, False),
-                *(None, False, None, None, None, False, True),
+                *(X[:1], X, None, None, None, None, torch.ones(3), torch.ones(3), True, False),
+                *(None, False, None, None, None, None, False, True),
             ),
             "bn_relu_backward: grad_out must have the shape of x",
         ),
         (
             lambda: ops.bn_relu_backward(
-                *(X, X, X, None, None, torch.ones(3), torch.ones(3), True, True),
-                *(None, True, None, None, None, False, True),
+                *(X, X, X, None, None, None, torch.ones(3), torch.ones(3), True, True),
+                *(None, True, None, None, None, None, False, True),
             ),
             "bn_relu_backward: residual, residual_mean and residual_invstd must be given",
         ),

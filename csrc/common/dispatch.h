@@ -29,6 +29,22 @@ void dispatch_floating(const char* op, const char* argument, ScalarType dtype, B
   }
 }
 
+// The same without float64.
+template <class Body>
+void dispatch_up_to_float32(const char* op, const char* argument, ScalarType dtype, Body&& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Half:
+      return body(torch::headeronly::Half{});
+    case ScalarType::BFloat16:
+      return body(torch::headeronly::BFloat16{});
+    default:
+      fail(op, ": ", argument, " must be float32, float16 or bfloat16, got ",
+           torch::headeronly::toString(dtype));
+  }
+}
+
 // Arithmetic between elements of T: float32, and float64 for float64.
 template <class T>
 struct Accumulate {

@@ -162,7 +162,7 @@ Tensor apply(const Geometry& g, const Tensor& x, DType dtype, const Columns<A>& 
   return out;
 }
 
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class A>
 ForwardResult forward(const Tensor& x, DType dtype, const BatchNorm& bn,
@@ -176,7 +176,8 @@ ForwardResult forward(const Tensor& x, DType dtype, const BatchNorm& bn,
   if (has_residual_bn) other = normalise(g, *residual, dtype, residual_bn, residual_columns);
   Tensor out =
       apply(g, x, dtype, columns, residual, has_residual_bn ? &residual_columns : nullptr, relu);
-  return {out, own.mean, own.invstd, other.mean, other.invstd};
+  const Tensor mask = empty_vector(0, aoti_torch_dtype_uint8());
+  return {out, own.mean, own.invstd, other.mean, other.invstd, mask};
 }
 
 ForwardResult bn_relu_cpu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -187,8 +188,11 @@ ForwardResult bn_relu_cpu(const Tensor& x, const OptionalTensor& weight, const O
                           const OptionalTensor& residual_bias,
                           const OptionalTensor& residual_running_mean,
                           const OptionalTensor& residual_running_var, bool residual_training,
-                          double residual_momentum, double residual_eps, bool relu) {
+                          double residual_momentum, double residual_eps, bool relu,
+                          bool save_mask) {
   const char* op = "bn_relu";
+  STD_TORCH_CHECK(!save_mask, op,
+                  ": save_mask must be False on a CPU, where the backward reads the output");
   check_4d(op, "x", x);
   const DType dtype = dtype_of(op, "x", x);
   if (residual) check_like(op, "residual", *residual, "x", x);
@@ -341,9 +345,10 @@ BackwardResult backward(const char* op, const Tensor& grad_out, const Tensor& x,
 
 BackwardResult bn_relu_backward_cpu(
     const Tensor& grad_out, const Tensor& x, const OptionalTensor& out,
-    const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
-    const Tensor& invstd, bool training, bool has_residual, const OptionalTensor& residual,
-    bool residual_bn, const OptionalTensor& residual_weight, const OptionalTensor& residual_mean,
+    const OptionalTensor& /*mask*/, const OptionalTensor& weight, const OptionalTensor& bias,
+    const Tensor& mean, const Tensor& invstd, bool training, bool has_residual,
+    const OptionalTensor& residual, bool residual_bn, const OptionalTensor& residual_weight,
+    const OptionalTensor& /*residual_bias*/, const OptionalTensor& residual_mean,
     const OptionalTensor& residual_invstd, bool residual_training, bool relu) {
   const char* op = "bn_relu_backward";
   check_4d(op, "x", x);

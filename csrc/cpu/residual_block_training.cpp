@@ -55,16 +55,16 @@ struct Branches {
   }
 };
 
-// (out, mean, invstd, residual_mean, residual_invstd)
-std::array<Tensor, 5> bn_relu(const Tensor& y, const Branch& bn, const OptionalTensor& residual,
+// (out, mean, invstd, residual_mean, residual_invstd, no mask)
+std::array<Tensor, 6> bn_relu(const Tensor& y, const Branch& bn, const OptionalTensor& residual,
                               const Branch* residual_bn) {
   const OptionalTensor none;
   const auto parameter = [&](int64_t i) { return residual_bn ? residual_bn->parameters[i] : none; };
-  return call<5>("resnet_fused_native::bn_relu", "", y, bn.parameters[1], bn.parameters[2],
+  return call<6>("resnet_fused_native::bn_relu", "", y, bn.parameters[1], bn.parameters[2],
                  bn.parameters[3], bn.parameters[4], bn.training, bn.momentum, bn.eps, residual,
                  residual_bn != nullptr, parameter(1), parameter(2), parameter(3), parameter(4),
                  residual_bn && residual_bn->training, residual_bn ? residual_bn->momentum : 0.0,
-                 residual_bn ? residual_bn->eps : 0.0, true);
+                 residual_bn ? residual_bn->eps : 0.0, true, false);
 }
 
 // [out, then output, mean and invstd of every convolution].
@@ -112,10 +112,11 @@ std::array<Tensor, 6> bn_relu_backward(const Tensor& grad, const Tensor* kept, c
   const auto residual = [&](int64_t i) {
     return residual_kept ? OptionalTensor(residual_kept[i]) : none;
   };
-  return call<6>("resnet_fused_native::bn_relu_backward", "", grad, kept[0], out, bn.parameters[1],
-                 bn.parameters[2], kept[1], kept[2], bn.training, out.has_value(), residual(0),
-                 residual_bn != nullptr, residual_bn ? residual_bn->parameters[1] : none,
-                 residual(1), residual(2), residual_bn && residual_bn->training, true);
+  const auto parameter = [&](int64_t i) { return residual_bn ? residual_bn->parameters[i] : none; };
+  return call<6>("resnet_fused_native::bn_relu_backward", "", grad, kept[0], out, none,
+                 bn.parameters[1], bn.parameters[2], kept[1], kept[2], bn.training, out.has_value(),
+                 residual(0), residual_bn != nullptr, parameter(1), parameter(2), residual(1),
+                 residual(2), residual_bn && residual_bn->training, true);
 }
 
 // relu(bn(y)) once more.

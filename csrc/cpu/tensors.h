@@ -1,7 +1,6 @@
 // Tensors as the CPU launchers see them: checked, allocated, and cut into matrices for the kernels.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -10,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/allocate.h"
 #include "common/checks.h"
 #include "common/dispatch.h"
 #include "cpu/kernels.h"
@@ -35,20 +35,9 @@ inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
   return dtype;
 }
 
-// One call of the C shim: several times faster than stable::empty_like, which boxes its arguments.
 inline Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
                             torch::headeronly::IntHeaderOnlyArrayRef strides, int32_t dtype) {
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-inline int32_t dtype_code(const Tensor& t) {
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype;
+  return resnet_fused::empty_strided(sizes, strides, dtype, aoti_torch_device_type_cpu(), 0);
 }
 
 inline Tensor allocate_like(const Tensor& t) {

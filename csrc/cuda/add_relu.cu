@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int u = 0; u < kVectorsPerThread; ++u) {
     const int64_t i = block_begin + u * kThreads + threadIdx.x;
     if (i < n_vectors) {
-      a_vectors[u] = reinterpret_cast<const Vec*>(a)[i];
-      b_vectors[u] = reinterpret_cast<const Vec*>(b)[i];
+      a_vectors[u] = load(reinterpret_cast<const Vec*>(a) + i);
+      b_vectors[u] = load(reinterpret_cast<const Vec*>(b) + i);
     }
   }
 #pragma unroll
@@ -71,11 +71,13 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kWidth; ++j) {
         combined.values[j] = apply<Op>(a_vectors[u].values[j], b_vectors[u].values[j]);
       }
-      reinterpret_cast<Vec*>(result)[i] = combined;
+      store(reinterpret_cast<Vec*>(result) + i, combined);
     }
   }
   const int64_t rest = n_vectors * kWidth + threadIdx.x;
-  if (blockIdx.x == gridDim.x - 1 && rest < n) result[rest] = apply<Op>(a[rest], b[rest]);
+  if (blockIdx.x == gridDim.x - 1 && rest < n) {
+    store(result + rest, apply<Op>(load(a + rest), load(b + rest)));
+  }
 }
 
 template <class Op, class T, int kWidth>
@@ -84,7 +86,7 @@ void launch(const T* a, const T* b, T* result, int64_t n, cudaStream_t stream) {
   constexpr int64_t kVectorsPerBlock = kThreads * kVectorsPerThread;
   const int64_t blocks = (n_vectors + kVectorsPerBlock - 1) / kVectorsPerBlock;
   RESNET_FUSED_LAUNCH((elementwise_kernel<Op, T, kWidth>), static_cast<unsigned>(blocks), kThreads,
-                      stream, a, b, result, n);
+                      0, stream, a, b, result, n);
 }
 
 template <class Op>

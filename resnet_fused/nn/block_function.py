@@ -19,6 +19,7 @@ from resnet_fused.ops.bn_relu import (
     bn_relu_backward,
     bn_relu_with_statistics,
     count_as_edited,
+    keeps_output,
 )
 
 
@@ -73,17 +74,18 @@ class _ResidualBlock(torch.autograd.Function):
         ctx.native = _runs_natively(x)
         if ctx.native:
             out, *kept = _native_forward(plans, has_shortcut, x, tensors)
+            mask = None
         else:
-            out, *kept = _forward(plans, has_shortcut, x, tensors)
+            out, mask, *kept = _forward(plans, has_shortcut, x, tensors)
         parameters = [t for i, t in enumerate(tensors) if i % _TENSORS < 3]
-        ctx.save_for_backward(out, x, *kept, *parameters)
+        ctx.save_for_backward(out if keeps_output(x) else None, mask, x, *kept, *parameters)
         ctx.plans, ctx.has_shortcut = plans, has_shortcut
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         plans, has_shortcut = ctx.plans, ctx.has_shortcut
-        out, x, *rest = ctx.saved_tensors
+        out, mask, x, *rest = ctx.saved_tensors
         kept, parameters = rest[: 3 * len(plans)], rest[3 * len(plans) :]
         steps = [
             _Step(plan, *kept[3 * i : 3 * i + 3], *parameters[3 * i : 3 * i + 3])
@@ -95,14 +97,14 @@ class _ResidualBlock(torch.autograd.Function):
         elif ctx.native:
             grads = _native_backward(grad_out, out, x, steps, has_shortcut, needed)
         else:
-            grads = _backward(grad_out, out, x, steps, has_shortcut, needed)
+            grads = _backward(grad_out, out, mask, x, steps, has_shortcut, needed)
         return (None, None, *grads)
 
 
 def _forward(
     plans: list[_Plan], has_shortcut: bool, x: Tensor, tensors: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    """out, then the convolution's output, mean and invstd of every branch."""
+    """out, the mask of its ReLU, then convolution output, mean and invstd of every branch."""
     branches = _branches(plans, tensors)
     main = branches[:-1] if has_shortcut else branches
     kept: list[Tensor] = []
@@ -116,13 +118,14 @@ def _forward(
         residual, residual_bn = _convolve(x, branches[-1]), branches[-1].bn
     else:
         residual, residual_bn = x, None
-    out, mean, invstd, *residual_statistics = bn_relu_with_statistics(
-        y, main[-1].bn, residual, residual_bn
+    save_mask = not (has_shortcut or keeps_output(x))
+    out, mean, invstd, *residual_statistics, mask = bn_relu_with_statistics(
+        y, main[-1].bn, residual, residual_bn, save_mask=save_mask
     )
     kept += (y, mean, invstd)
     if has_shortcut:
         kept += (residual, *residual_statistics)
-    return [out, *kept]
+    return [out, mask, *kept]
 
 
 def _runs_natively(x: Tensor) -> bool:
@@ -172,7 +175,8 @@ class _Step(NamedTuple):
 
 def _backward(
     grad_out: Tensor,
-    out: Tensor,
+    out: Tensor | None,
+    mask: Tensor,
     x: Tensor,
     steps: list[_Step],
     has_shortcut: bool,
@@ -181,7 +185,7 @@ def _backward(
     main = steps[:-1] if has_shortcut else steps
     branch_grads: list[tuple[Tensor | None, ...]] = [()] * len(steps)
     grad_y, *bn_grads, grad_shortcut, shortcut_weight, shortcut_bias = _last_bn_backward(
-        grad_out, out, main[-1], steps[-1] if has_shortcut else None
+        grad_out, out, mask, main[-1], steps[-1] if has_shortcut else None
     )
     if has_shortcut:
         wanted = (needed[0], needed[1 + _TENSORS * (len(steps) - 1)])
@@ -195,7 +199,7 @@ def _backward(
         branch_grads[index] = (grad_conv, *bn_grads)
         if index:
             grad_y, *bn_grads = bn_relu_backward(
-                *(grad_z, before.y, None, before.bn_weight, before.bn_bias),
+                *(grad_z, before.y, None, None, before.bn_weight, before.bn_bias),
                 *(before.mean, before.invstd, before.plan.training),
             )[:3]
     grads = [grad_z.add_(grad_shortcut) if needed[0] else None]
@@ -229,19 +233,20 @@ def _native_backward(
 
 
 def _last_bn_backward(
-    grad_out: Tensor, out: Tensor, last: _Step, shortcut: _Step | None
+    grad_out: Tensor, out: Tensor | None, mask: Tensor, last: _Step, shortcut: _Step | None
 ) -> tuple[Tensor, ...]:
+    has_mask = out is None and shortcut is None
     residual_arguments = (
         ()
         if shortcut is None
         else (
-            *(shortcut.y, True, shortcut.bn_weight, shortcut.mean, shortcut.invstd),
-            shortcut.plan.training,
+            *(shortcut.y, True, shortcut.bn_weight, shortcut.bn_bias),
+            *(shortcut.mean, shortcut.invstd, shortcut.plan.training),
         )
     )
     return bn_relu_backward(
-        *(grad_out, last.y, out, last.bn_weight, last.bn_bias, last.mean, last.invstd),
-        *(last.plan.training, True, *residual_arguments),
+        *(grad_out, last.y, out, mask if has_mask else None, last.bn_weight, last.bn_bias),
+        *(last.mean, last.invstd, last.plan.training, True, *residual_arguments),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import backends, reference
-from resnet_fused.layout import memory_format, to_format
+from resnet_fused.layout import mask_shape, memory_format, to_format
 from resnet_fused.ops import _checks
 from resnet_fused.ops._registration import call, define, refuse_gradient
 
@@ -69,11 +69,14 @@ def bn_relu_with_statistics(
     residual: Tensor | None = None,
     residual_bn: BatchNormArgs | None = None,
     relu: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`bn_relu`, and what it normalised by.
+    save_mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`bn_relu`, what it normalised by, and where its ReLU passed.
 
-    Returns (out, mean, invstd, residual_mean, residual_invstd); the statistics are (C,), or empty
-    where there is no residual_bn, and carry no gradient.
+    Returns (out, mean, invstd, residual_mean, residual_invstd, mask). The statistics are (C,), or
+    empty where there is no residual_bn, and carry no gradient. mask: uint8, one bit per element of
+    out, of shape `layout.mask_shape`; empty without save_mask, which wants relu and a residual
+    without residual_bn, and which the kernels for CPUs do not have.
     """
     if residual is None:
         _checks.check_tensors("bn_relu", x=x)
@@ -83,8 +86,17 @@ def bn_relu_with_statistics(
         x, residual = _checks.promote("bn_relu", x, residual)
     return call(
         *(_bn_relu, x, *bn, residual, residual_bn is not None),
-        *(*(residual_bn or _NO_BATCH_NORM), relu),
+        *(*(residual_bn or _NO_BATCH_NORM), relu, save_mask),
     )
+
+
+def keeps_output(x: Tensor) -> bool:
+    """Whether the sign of a ReLU behind a residual is read from the output in the backward.
+
+    So it is on CPUs. On GPUs it comes from a mask, which is a sixteenth of the bytes in 16-bit
+    floats, or with residual_bn from x and residual, which the backward reads anyway.
+    """
+    return x.is_cpu
 
 
 def bn_relu_apply(
@@ -132,6 +144,11 @@ def _unpack(args: tuple[Any, ...]) -> tuple[Tensor, BatchNormArgs, Tensor | None
         if has_residual_bn:
             residual_bn = BatchNormArgs(*args[10:17])
             _check("residual", residual, residual_bn)
+    if args[18] and (residual is None or has_residual_bn or not args[17]):
+        raise ValueError(
+            "bn_relu: save_mask must come with relu and a residual without residual_bn"
+            " (otherwise the sign follows from x and residual)"
+        )
     return x, bn, residual, residual_bn
 
 
@@ -162,22 +179,25 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
     others = [
         torch.empty_like(statistics) if normalised else statistics.new_empty(0) for _ in range(2)
     ]
-    return out, statistics, torch.empty_like(statistics), *others
+    mask = x.new_empty(mask_shape(out) if args[18] else (0,), dtype=torch.uint8)
+    return out, statistics, torch.empty_like(statistics), *others, mask
 
 
 class _BnReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = _bn_relu(*args)
+        takes_residual = args[17] and args[8] is not None
+        save_output = takes_residual and keeps_output(args[0])
+        save_mask = takes_residual and not args[9] and not save_output
+        outputs: tuple[Tensor, ...] = _bn_relu(*args[:18], args[18] or save_mask)
         x, bn, residual = args[0], BatchNormArgs(*args[1:8]), args[8]
         ctx.has_residual_bn, residual_bn, ctx.relu = args[9], BatchNormArgs(*args[10:17]), args[17]
         ctx.training, ctx.residual_training = bn.training, residual_bn.training
         ctx.has_residual = residual is not None
-        # Without a residual the sign of the output follows from x: the output need not be kept.
-        out = outputs[0] if ctx.relu and ctx.has_residual else None
-        residual = residual if ctx.has_residual_bn else None
         ctx.save_for_backward(
-            x, out, bn.weight, bn.bias, residual, residual_bn.weight, *outputs[1:]
+            *(x, outputs[0] if save_output else None, outputs[5] if save_mask else None),
+            *(bn.weight, bn.bias, residual if ctx.has_residual_bn else None),
+            *(residual_bn.weight, residual_bn.bias, *outputs[1:5]),
         )
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
@@ -186,23 +206,18 @@ class _BnReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_out is None:
-            return (None,) * 18
-        x, out, weight, bias, residual, residual_weight, *statistics = ctx.saved_tensors
+            return (None,) * 19
+        x, out, mask, weight, bias, residual, *rest = ctx.saved_tensors
+        residual_weight, residual_bias, mean, invstd, residual_mean, residual_invstd = rest
         grads = bn_relu_backward(
-            *(grad_out, x, out, weight, bias, statistics[0], statistics[1], ctx.training),
-            *(ctx.has_residual, residual, ctx.has_residual_bn, residual_weight),
-            *(statistics[2], statistics[3], ctx.residual_training, ctx.relu),
+            *(grad_out, x, out, mask, weight, bias, mean, invstd, ctx.training),
+            *(ctx.has_residual, residual, ctx.has_residual_bn, residual_weight, residual_bias),
+            *(residual_mean, residual_invstd, ctx.residual_training, ctx.relu),
         )
         needed = ctx.needs_input_grad
-        positions = (
-            0,
-            1,
-            2,
-            8,
-            10,
-            11,
-        )  # x, weight, bias, residual, residual_weight, residual_bias
-        result: list[Tensor | None] = [None] * 18
+        # x, weight, bias, residual, residual_weight, residual_bias
+        positions = 0, 1, 2, 8, 10, 11
+        result: list[Tensor | None] = [None] * 19
         for position, grad in zip(positions, grads, strict=True):
             result[position] = grad if needed[position] else None
         return tuple(result)
@@ -212,6 +227,7 @@ def bn_relu_backward(
     grad_out: Tensor,
     x: Tensor,
     out: Tensor | None,
+    mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
@@ -221,6 +237,7 @@ def bn_relu_backward(
     residual: Tensor | None = None,
     residual_bn: bool = False,
     residual_weight: Tensor | None = None,
+    residual_bias: Tensor | None = None,
     residual_mean: Tensor | None = None,
     residual_invstd: Tensor | None = None,
     residual_training: bool = False,
@@ -228,21 +245,24 @@ def bn_relu_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of `bn_relu`: one pass that reduces, one that applies.
 
-    grad_out, x, out, residual: (N, C, H, W); weight, bias, mean, invstd, ...: (C,). `out` is needed
-    with relu and a residual; without a residual None means that the sign is recomputed from x.
-    `residual` is needed with residual_bn only. Returns (grad_x, grad_weight, grad_bias,
+    grad_out, x, out, residual: (N, C, H, W); weight, bias, mean, invstd, ...: (C,); mask: as the
+    forward returned it. The sign of the ReLU is that of `out`, or `mask`, or where both are None it
+    is recomputed from x (and residual with residual_bn). Kernels for CPUs want `out` with a
+    residual, those for GPUs `mask` with a residual without residual_bn. `residual` is needed with
+    residual_bn only. Returns (grad_x, grad_weight, grad_bias,
     grad_residual, grad_residual_weight, grad_residual_bias); what does not exist is empty.
     """
     return call(
         _bn_relu_backward,
-        *(grad_out, x, out, weight, bias, mean, invstd, training, has_residual, residual),
-        *(residual_bn, residual_weight, residual_mean, residual_invstd, residual_training, relu),
+        *(grad_out, x, out, mask, weight, bias, mean, invstd, training, has_residual, residual),
+        *(residual_bn, residual_weight, residual_bias, residual_mean, residual_invstd),
+        *(residual_training, relu),
     )
 
 
 def _check_backward(grad_out: Tensor, x: Tensor, *rest: Any) -> None:
-    out, weight, bias, mean, invstd = rest[:5]
-    has_residual, residual, residual_bn, *residual_vectors = rest[6:12]
+    out, mask, weight, bias, mean, invstd = rest[:6]
+    has_residual, residual, residual_bn, *residual_vectors = rest[7:14]
     _checks.check_activation("bn_relu_backward", "x", x)
     _checks.check_tensors("bn_relu_backward", mean=mean, invstd=invstd)
     _checks.check_like("bn_relu_backward", "grad_out", grad_out, "x", x)
@@ -252,38 +272,45 @@ def _check_backward(grad_out: Tensor, x: Tensor, *rest: Any) -> None:
     named = {"weight": weight, "bias": bias, "mean": mean, "invstd": invstd}
     for name, vector in named.items():
         _checks.check_per_channel("bn_relu_backward", name, vector, x)
-    if has_residual and rest[-1] and out is None:
-        raise ValueError("bn_relu_backward: out must be given with relu and a residual, got None")
+    if mask is not None and (mask.dtype != torch.uint8 or mask.dim() != 2):
+        raise TypeError(
+            "bn_relu_backward: mask must be what bn_relu returned, a 2-d uint8 tensor,"
+            f" got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+    if has_residual and not residual_bn and rest[-1] and out is None and mask is None:
+        raise ValueError(
+            "bn_relu_backward: out or mask must be given with relu and a residual, got None"
+        )
     if not residual_bn:
         return
     if not has_residual:
         raise ValueError("bn_relu_backward: has_residual must be True with residual_bn, got False")
-    names = ("residual_weight", "residual_mean", "residual_invstd")
+    names = ("residual_weight", "residual_bias", "residual_mean", "residual_invstd")
     for name, vector in zip(names, residual_vectors, strict=True):
         _checks.check_per_channel("bn_relu_backward", name, vector, x)
     _checks.check_tensors(
         "bn_relu_backward",
         residual=residual,
-        residual_mean=residual_vectors[1],
-        residual_invstd=residual_vectors[2],
+        residual_mean=residual_vectors[2],
+        residual_invstd=residual_vectors[3],
     )
 
 
 def _backward_kernel(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     _check_backward(grad_out, x, *rest)
     format_ = memory_format(x)
-    out, residual = to_format(rest[0], format_), to_format(rest[7], format_)
+    out, residual = to_format(rest[0], format_), to_format(rest[8], format_)
     grads: tuple[Tensor, ...] = backends.choose("bn_relu_backward", x)(
         grad_out.contiguous(memory_format=format_),
         x.contiguous(memory_format=format_),
-        *(out, *rest[1:7], residual, *rest[8:]),
+        *(out, *rest[1:8], residual, *rest[9:]),
     )
     return grads
 
 
 def _backward_fake(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     _check_backward(grad_out, x, *rest)
-    weight, mean, has_residual, residual_bn, residual_weight = (rest[i] for i in (1, 3, 6, 8, 9))
+    weight, mean, has_residual, residual_bn, residual_weight = (rest[i] for i in (2, 4, 7, 9, 10))
     grad_x = torch.empty_like(x, memory_format=memory_format(x))
     grad_residual = torch.empty_like(grad_x) if has_residual else x.new_empty(0)
     like = mean if weight is None else weight
@@ -304,11 +331,11 @@ def _backward_fake(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...
 def _backward_differentiable(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """The formulas with batch statistics as functions of x, for derivatives of the gradient."""
     arguments = list(rest)
-    training, residual, residual_training = rest[5], rest[7], rest[12]
+    training, residual, residual_training = rest[6], rest[8], rest[14]
     if training:
-        arguments[3:5] = _differentiable_statistics(x, rest[4])
+        arguments[4:6] = _differentiable_statistics(x, rest[5])
     if residual is not None and residual_training:
-        arguments[10:12] = _differentiable_statistics(residual, rest[11])
+        arguments[12:14] = _differentiable_statistics(residual, rest[13])
     return reference.bn_relu_backward(grad_out, x, *arguments)
 
 
@@ -346,8 +373,9 @@ _bn_relu = define(
     " Tensor(b!)? running_var, bool training, float momentum, float eps,"
     " Tensor? residual, bool residual_bn, Tensor? residual_weight, Tensor? residual_bias,"
     " Tensor(c!)? residual_running_mean, Tensor(d!)? residual_running_var,"
-    " bool residual_training, float residual_momentum, float residual_eps, bool relu)"
-    " -> (Tensor out, Tensor mean, Tensor invstd, Tensor residual_mean, Tensor residual_invstd)",
+    " bool residual_training, float residual_momentum, float residual_eps, bool relu,"
+    " bool save_mask) -> (Tensor out, Tensor mean, Tensor invstd, Tensor residual_mean,"
+    " Tensor residual_invstd, Tensor mask)",
     _kernel,
     _fake,
     _BnReLU.apply,
@@ -360,10 +388,10 @@ _bn_relu_apply = define(
     refuse_gradient("bn_relu_apply", "use bn_relu, or detach the arguments"),
 )
 _bn_relu_backward = define(
-    "bn_relu_backward(Tensor grad_out, Tensor x, Tensor? out, Tensor? weight, Tensor? bias,"
-    " Tensor mean, Tensor invstd, bool training, bool has_residual, Tensor? residual,"
-    " bool residual_bn, Tensor? residual_weight, Tensor? residual_mean, Tensor? residual_invstd,"
-    " bool residual_training, bool relu)"
+    "bn_relu_backward(Tensor grad_out, Tensor x, Tensor? out, Tensor? mask, Tensor? weight,"
+    " Tensor? bias, Tensor mean, Tensor invstd, bool training, bool has_residual,"
+    " Tensor? residual, bool residual_bn, Tensor? residual_weight, Tensor? residual_bias,"
+    " Tensor? residual_mean, Tensor? residual_invstd, bool residual_training, bool relu)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias,"
     " Tensor grad_residual, Tensor grad_residual_weight, Tensor grad_residual_bias)",
     _backward_kernel,

@@ -1,0 +1,28 @@
+// Schemas of the operators that have CUDA kernels: of the extension, and of the emulator, which
+// runs the same kernels on a CPU.
+#pragma once
+
+namespace resnet_fused {
+
+inline constexpr const char* kKernelSchemas[] = {
+    "add_relu(Tensor x, Tensor residual) -> Tensor",
+    "add_relu_backward(Tensor grad_out, Tensor out) -> Tensor",
+    "bn_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, bool training, float momentum, float eps, Tensor? residual, "
+    "bool residual_bn, Tensor? residual_weight, Tensor? residual_bias, "
+    "Tensor(c!)? residual_running_mean, Tensor(d!)? residual_running_var, "
+    "bool residual_training, float residual_momentum, float residual_eps, bool relu, "
+    "bool save_mask) "
+    "-> (Tensor out, Tensor mean, Tensor invstd, Tensor residual_mean, Tensor residual_invstd, "
+    "Tensor mask)",
+    "bn_relu_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
+    "bool relu) -> Tensor",
+    "bn_relu_backward(Tensor grad_out, Tensor x, Tensor? out, Tensor? mask, Tensor? weight, "
+    "Tensor? bias, Tensor mean, Tensor invstd, bool training, bool has_residual, "
+    "Tensor? residual, bool residual_bn, Tensor? residual_weight, Tensor? residual_bias, "
+    "Tensor? residual_mean, Tensor? residual_invstd, bool residual_training, bool relu) "
+    "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual, "
+    "Tensor grad_residual_weight, Tensor grad_residual_bias)",
+};
+
+}  // namespace resnet_fused

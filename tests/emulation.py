@@ -1,0 +1,241 @@
+"""Compiles CUDA sources for the emulator in csrc/emulator, which runs their kernels on CPU tensors.
+
+What was compiled stays in build/emulator under a name made from everything that went into it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+SCHEDULER = CSRC / "emulator/emulator.cpp"
+TORCH = Path(torch.__file__).parent
+# Chosen for a whole process, which must have been started with libasan: see the Makefile.
+SANITIZE = os.environ.get("RESNET_FUSED_TEST_SANITIZER") == "address"
+OLDEST_COMPILER = 11  # <source_location>
+
+FLAGS = [
+    *("-std=c++20", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
+    *("-Wall", "-Wno-unknown-pragmas", "-fmax-errors=5"),
+    *("-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"),
+    *("-DRESNET_FUSED_EMULATE", "-DTORCH_STABLE_ONLY"),
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    *("-Icsrc", "-isystem", str(TORCH / "include")),
+]
+SANITIZE_FLAGS = ["-fsanitize=address", "-fno-omit-frame-pointer"]
+LINK_FLAGS = ["-shared", "-Wl,-z,defs", f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu"]
+DAYS_KEPT = 3
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why nothing can be emulated here; None where it can."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        system = f"{platform.system()} on {platform.machine()}"
+        return f"the emulator runs on Linux on x86_64 only, not {system}"
+    if shutil.which("g++") is None:
+        return "no g++ to compile the emulated kernels with"
+    version = compiler_output("-dumpversion")
+    if int(version.split(".")[0]) < OLDEST_COMPILER:
+        return f"g++ is {version}: the emulator needs {OLDEST_COMPILER} or newer"
+    return None if CSRC.is_dir() else "csrc is not beside the tests"
+
+
+@functools.cache
+def library(sanitize: bool = SANITIZE) -> Any:
+    """torch.ops.resnet_fused_emulated: all kernels of csrc/cuda, compiled if need be, and loaded.
+
+    Its operators `launches` and `configure` belong to the emulator.
+    """
+    # The largest take longest, so they come first.
+    sources = [*CSRC.glob("cuda/*.cu"), *CSRC.glob("emulator/*.cpp")]
+    sources.sort(key=lambda source: -source.stat().st_size)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: compile_file(source, sanitize), sources))
+    return load(link("emulated", sorted(objects), sanitize), "resnet_fused_emulated")
+
+
+def compile_source(text: str, name: str, filename: str, sanitize: bool = SANITIZE) -> Any:
+    """The operators of one .cu file, whose text may have been changed, loaded beside all others.
+
+    name: a name for this text, unique in the process, of letters, digits and _.
+    filename: what errors call the file.
+    """
+    return load(build_source(text, name, filename, sanitize), namespace(name))
+
+
+def compile_sources(
+    texts: Mapping[str, str], filename: str, sanitize: bool = SANITIZE
+) -> dict[str, Any]:
+    """Like compile_source for each of {name: text}, several at a time."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        libraries = pool.map(
+            lambda name: build_source(texts[name], name, filename, sanitize), texts
+        )
+        return {
+            name: load(path, namespace(name)) for name, path in zip(texts, libraries, strict=True)
+        }
+
+
+def build_source(text: str, name: str, filename: str, sanitize: bool = SANITIZE) -> Path:
+    """The file that compile_source loads."""
+    defines = f"#define RESNET_FUSED_NAMESPACE {namespace(name)}\n"
+    text = f'{defines}#include "emulator/library.cpp"\n#line 1 "{filename}"\n{text}'
+    objects = [compile_text(name, text, sanitize), compile_file(SCHEDULER, sanitize)]
+    return link(name, objects, sanitize)
+
+
+def namespace(name: str) -> str:
+    """Of the operators of the source compiled under that name."""
+    return f"resnet_fused_emulated_{name}"
+
+
+def mutate(text: str, old: str, new: str) -> str:
+    """Text with its only occurrence of old replaced."""
+    assert text.count(old) == 1, f"{text.count(old)} occurrences of {old!r}"
+    return text.replace(old, new)
+
+
+def launches(ops: Any) -> list[dict[str, Any]]:
+    """What the emulator recorded of each launch since the last call, as described in records.h."""
+    return json.loads(ops.launches())
+
+
+def preload() -> dict[str, str]:
+    """Environment variables for a process that loads sanitized libraries; {} without libasan."""
+    # Without libstdc++ beside it, libasan would look for the functions it wraps before
+    # any library that has them is loaded, and end the process at the first exception.
+    names = ("libasan.so", "libstdc++.so.6")
+    libraries = [compiler_output(f"-print-file-name={name}") for name in names]
+    if not all(Path(path).is_absolute() for path in libraries):
+        return {}
+    return {
+        "LD_PRELOAD": ":".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "RESNET_FUSED_TEST_SANITIZER": "address",
+    }
+
+
+def load(path: Path, name: str) -> Any:
+    torch.ops.load_library(str(path))
+    return getattr(torch.ops, name)
+
+
+def compile_file(source: Path, sanitize: bool) -> Path:
+    text = f'#line 1 "{source.relative_to(ROOT)}"\n{source.read_text()}'
+    return compile_text(source.stem, text, sanitize)
+
+
+def compile_text(title: str, text: str, sanitize: bool) -> Path:
+    command = ["g++", *FLAGS, *(SANITIZE_FLAGS if sanitize else ()), "-x", "c++", "-c", "-"]
+    return cached(f"{title}.o", command, text, headers())
+
+
+def link(title: str, objects: Sequence[Path], sanitize: bool) -> Path:
+    command = ["g++", *(SANITIZE_FLAGS if sanitize else ()), "-fsanitize=alignment,bounds"]
+    command += [*map(str, objects), *LINK_FLAGS]
+    return cached(f"{title}.so", command)
+
+
+def cached(title: str, command: Sequence[str], text: str = "", included: str = "") -> Path:
+    """The file that a compiler command makes of a text, run only if it has not been before."""
+    ingredients = [*command, text, included, compiler_output("--version"), torch.__version__]
+    key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:16]
+    stem, _, suffix = title.rpartition(".")
+    path = folder() / f"{stem}-{key}.{suffix}"
+    if path.is_file():
+        path.touch()
+        return path
+    # Another process may be making the same file: the later one replaces it by its equal.
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+        pass
+    try:
+        done = subprocess.run(
+            [*command, "-o", part.name],
+            cwd=ROOT,
+            env=clean_environment(),
+            input=text,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+        if done.returncode != 0 or done.stderr:
+            raise RuntimeError(f"compiling {title} failed or gave warnings:\n{done.stderr}")
+        Path(part.name).replace(path)
+    finally:
+        Path(part.name).unlink(missing_ok=True)
+    return path
+
+
+@functools.cache
+def headers() -> str:
+    """All that an emulated source can include, in one text."""
+    folders = ("common", "cuda", "emulator")
+    files = sorted(f for folder in folders for f in (CSRC / folder).iterdir() if f.suffix != ".cu")
+    return "\0".join(f"{file.name}\0{file.read_text()}" for file in files)
+
+
+@functools.cache
+def folder() -> Path:
+    path = ROOT / "build/emulator"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError:
+        return Path(temporary_folder().name)
+    oldest = time.time() - DAYS_KEPT * 24 * 3600
+    for file in path.iterdir():
+        with contextlib.suppress(OSError):
+            if file.stat().st_mtime < oldest:
+                file.unlink()
+    return path
+
+
+@functools.cache
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Lasts as long as the process."""
+    return tempfile.TemporaryDirectory(prefix="resnet_fused_emulator_")
+
+
+@functools.cache
+def compiler_output(option: str) -> str:
+    done = subprocess.run(
+        ["g++", option], env=clean_environment(), capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def clean_environment() -> dict[str, str]:
+    """That of a process without preloaded libraries."""
+    return {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+
+
+def main() -> None:
+    """Prints the environment that `make test-emulator-asan` needs."""
+    variables = preload() if unavailable() is None else {}
+    if not variables:
+        sys.exit(f"no AddressSanitizer: {unavailable() or 'g++ comes without libasan'}")
+    print(*(f"{key}={value}" for key, value in variables.items()))
+
+
+if __name__ == "__main__":
+    main()
