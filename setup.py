@@ -49,7 +49,8 @@ CXX_FLAGS = [
     *("-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"),
 ]
 NVCC_FLAGS = [
-    *("-O3", "-std=c++20", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--threads", "0"),
+    *("-O3", "-std=c++20", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--fmad=false"),
+    *("--threads", "0"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"),
 ]
 

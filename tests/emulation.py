@@ -11,11 +11,14 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,15 +28,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-SCHEDULER = CSRC / "emulator/emulator.cpp"
 TORCH = Path(torch.__file__).parent
 # Chosen for a whole process, which must have been started with libasan: see the Makefile.
 SANITIZE = os.environ.get("RESNET_FUSED_TEST_SANITIZER") == "address"
 OLDEST_COMPILER = 11  # <source_location>
 
 FLAGS = [
-    *("-std=c++20", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
-    *("-Wall", "-Wno-unknown-pragmas", "-fmax-errors=5"),
+    *("-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
+    # Vectors are loaded under a condition and used under the same one, which g++ cannot follow.
+    *("-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-fmax-errors=5"),
     *("-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"),
     *("-DRESNET_FUSED_EMULATE", "-DTORCH_STABLE_ONLY"),
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
@@ -85,6 +88,7 @@ def compile_sources(
     texts: Mapping[str, str], filename: str, sanitize: bool = SANITIZE
 ) -> dict[str, Any]:
     """Like compile_source for each of {name: text}, several at a time."""
+    compile_emulator(sanitize)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         libraries = pool.map(
             lambda name: build_source(texts[name], name, filename, sanitize), texts
@@ -98,7 +102,7 @@ def build_source(text: str, name: str, filename: str, sanitize: bool = SANITIZE)
     """The file that compile_source loads."""
     defines = f"#define RESNET_FUSED_NAMESPACE {namespace(name)}\n"
     text = f'{defines}#include "emulator/library.cpp"\n#line 1 "{filename}"\n{text}'
-    objects = [compile_text(name, text, sanitize), compile_file(SCHEDULER, sanitize)]
+    objects = [*compile_emulator(sanitize), compile_text(name, text, sanitize)]
     return link(name, objects, sanitize)
 
 
@@ -115,7 +119,8 @@ def mutate(text: str, old: str, new: str) -> str:
 
 def launches(ops: Any) -> list[dict[str, Any]]:
     """What the emulator recorded of each launch since the last call, as described in records.h."""
-    return json.loads(ops.launches())
+    records: list[dict[str, Any]] = json.loads(ops.launches())
+    return records
 
 
 def preload() -> dict[str, str]:
@@ -134,8 +139,16 @@ def preload() -> dict[str, str]:
 
 
 def load(path: Path, name: str) -> Any:
+    if SANITIZE and "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        raise RuntimeError("RESNET_FUSED_TEST_SANITIZER=address: use make test-emulator-asan")
     torch.ops.load_library(str(path))
     return getattr(torch.ops, name)
+
+
+def compile_emulator(sanitize: bool) -> list[Path]:
+    """All of it but the library of operators, whose name differs."""
+    files = sorted(file for file in CSRC.glob("emulator/*.cpp") if file.stem != "library")
+    return [compile_file(file, sanitize) for file in files]
 
 
 def compile_file(source: Path, sanitize: bool) -> Path:
@@ -145,7 +158,7 @@ def compile_file(source: Path, sanitize: bool) -> Path:
 
 def compile_text(title: str, text: str, sanitize: bool) -> Path:
     command = ["g++", *FLAGS, *(SANITIZE_FLAGS if sanitize else ()), "-x", "c++", "-c", "-"]
-    return cached(f"{title}.o", command, text, headers())
+    return cached(f"{title}.o", command, text, headers(text))
 
 
 def link(title: str, objects: Sequence[Path], sanitize: bool) -> Path:
@@ -154,21 +167,24 @@ def link(title: str, objects: Sequence[Path], sanitize: bool) -> Path:
     return cached(f"{title}.so", command)
 
 
-def cached(title: str, command: Sequence[str], text: str = "", included: str = "") -> Path:
+def cached(
+    title: str, command: Sequence[str], text: str = "", included: Mapping[str, str] | None = None
+) -> Path:
     """The file that a compiler command makes of a text, run only if it has not been before."""
-    ingredients = [*command, text, included, compiler_output("--version"), torch.__version__]
-    key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:16]
+    versions = [compiler_output("--version"), torch.__version__]
+    ingredients = json.dumps([*command, text, included, *versions])
+    key = hashlib.sha256(ingredients.encode()).hexdigest()[:16]
     stem, _, suffix = title.rpartition(".")
     path = folder() / f"{stem}-{key}.{suffix}"
     if path.is_file():
-        path.touch()
+        with contextlib.suppress(OSError):
+            path.touch()
         return path
     # Another process may be making the same file: the later one replaces it by its equal.
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
-        pass
+    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         done = subprocess.run(
-            [*command, "-o", part.name],
+            [*command, "-o", str(part)],
             cwd=ROOT,
             env=clean_environment(),
             input=text,
@@ -177,20 +193,26 @@ def cached(title: str, command: Sequence[str], text: str = "", included: str = "
             check=False,
             timeout=600,
         )
-        if done.returncode != 0 or done.stderr:
-            raise RuntimeError(f"compiling {title} failed or gave warnings:\n{done.stderr}")
-        Path(part.name).replace(path)
+        if done.returncode != 0:
+            raise RuntimeError(f"compiling {title} failed:\n{done.stderr}")
+        if done.stderr:
+            warnings.warn(f"compiling {title}:\n{done.stderr}", stacklevel=2)
+        part.replace(path)
     finally:
-        Path(part.name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     return path
 
 
-@functools.cache
-def headers() -> str:
-    """All that an emulated source can include, in one text."""
-    folders = ("common", "cuda", "emulator")
-    files = sorted(f for folder in folders for f in (CSRC / folder).iterdir() if f.suffix != ".cu")
-    return "\0".join(f"{file.name}\0{file.read_text()}" for file in files)
+def headers(text: str) -> dict[str, str]:
+    """The files of csrc that text includes, and those that they include: {name: contents}."""
+    found: dict[str, str] = {}
+    waiting = [text]
+    while waiting:
+        for name in re.findall(r'^#include "(.+)"', waiting.pop(), re.MULTILINE):
+            if name not in found and (CSRC / name).is_file():
+                found[name] = (CSRC / name).read_text()
+                waiting.append(found[name])
+    return dict(sorted(found.items()))
 
 
 @functools.cache

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import resnet_fused as rf
 from resnet_fused import backends
 
 emulated_backend.install()

@@ -25,6 +25,7 @@ SEEDS = range(20)
 
 SUM_OF_PAIR = "sums.store(thread, sums.load(thread) + sums.load(thread + half));"
 SUM_OF_WARP = "sum = warp_sum(sums.load(thread));"
+LAST_BLOCK = "is_last.store(0, atomicInc(finished, gridDim.x - 1) == gridDim.x - 1);"
 
 
 class Mutant(NamedTuple):
@@ -137,6 +138,27 @@ MUTANTS = {
         "",
         "races through shared memory|reads uninitialised shared memory",
         "values.load",
+    ),
+    "no_fence": Mutant(
+        "sum",
+        "__threadfence();",
+        "",
+        "races through global memory: .* without __threadfence",
+        "load(partial_sums + block)",
+    ),
+    "atomic_before_fence": Mutant(
+        "sum",
+        "    __threadfence();\n    " + LAST_BLOCK,
+        f"    {LAST_BLOCK}\n    __threadfence();",
+        "races through global memory: .* without __threadfence",
+        "load(partial_sums + block)",
+    ),
+    "two_threads_one_result": Mutant(
+        "reverse",
+        "store(result + i,",
+        "store(result + i / 2,",
+        "races through global memory: it writes .* with no barrier between",
+        "store(result + i / 2,",
     ),
     # A shuffle makes the lanes meet, but orders nothing that they do to memory.
     "shuffle_for_syncwarp": Mutant(

@@ -46,6 +46,15 @@ struct Extent {
   int64_t tiles;                    // that the rows of one channel make
 };
 
+// How one kernel is spread over the device.
+struct Spread {
+  int max_lanes;        // of threadIdx.x: channel groups side by side in a block
+  int unroll;           // rows of a thread in a tile: loads in flight of each tensor
+  int resident_blocks;  // per multiprocessor, for which registers must suffice
+  int waves;            // of resident blocks in the grid, if there are rows enough
+  int min_tiles;        // of a block, if there are blocks enough
+};
+
 // Elements that share a byte of the mask lie in one run: the channels of a pixel, or a plane in
 // NCHW. Every run begins with a new byte.
 constexpr int kMaskBits = 8;
@@ -122,15 +131,17 @@ class Walk<Nchw<kWidth>, kUnroll, kBackwards> {
   __device__ explicit Walk(const Extent& extent)
       : extent_(extent), channel_(Nchw<kWidth>::first_channel()), tile_(blockIdx.y) {
     const int64_t first = tile_ * kUnroll * blockDim.y + threadIdx.y;
-    const int64_t step = static_cast<int64_t>(gridDim.y) * kUnroll * blockDim.y;
-    step_image_ = step / extent.plane_rows;
-    step_row_ = step % extent.plane_rows;
+    image_[0] = first / extent.plane_rows;
+    row_[0] = first % extent.plane_rows;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t row = first + u * static_cast<int64_t>(blockDim.y);
-      image_[u] = row / extent.plane_rows;
-      row_[u] = row % extent.plane_rows;
+    for (int u = 1; u < kUnroll; ++u) {
+      image_[u] = image_[u - 1];
+      row_[u] = row_[u - 1];
+      step(u, blockDim.y / extent.plane_rows, blockDim.y % extent.plane_rows);
     }
+    const int64_t tiles_apart = static_cast<int64_t>(gridDim.y) * kUnroll * blockDim.y;
+    step_images_ = tiles_apart / extent.plane_rows;
+    step_rows_ = tiles_apart % extent.plane_rows;
   }
 
   __device__ bool inside() const { return tile_ < extent_.tiles; }
@@ -138,14 +149,7 @@ class Walk<Nchw<kWidth>, kUnroll, kBackwards> {
   __device__ void next() {
     tile_ += gridDim.y;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      image_[u] += step_image_;
-      row_[u] += step_row_;
-      if (row_[u] >= extent_.plane_rows) {
-        row_[u] -= extent_.plane_rows;
-        ++image_[u];
-      }
-    }
+    for (int u = 0; u < kUnroll; ++u) step(u, step_images_, step_rows_);
   }
 
   // Planes are padded to whole bytes of the mask.
@@ -162,6 +166,16 @@ class Walk<Nchw<kWidth>, kUnroll, kBackwards> {
   __device__ int mask_shift(int u) const { return static_cast<int>(row(u) * kWidth % kMaskBits); }
 
  private:
+  // rows is less than a plane has.
+  __device__ void step(int u, int64_t images, int64_t rows) {
+    image_[u] += images;
+    row_[u] += rows;
+    if (row_[u] >= extent_.plane_rows) {
+      row_[u] -= extent_.plane_rows;
+      ++image_[u];
+    }
+  }
+
   __device__ int64_t plane(int u) const {
     const int64_t image = kBackwards ? extent_.images - 1 - image_[u] : image_[u];
     return image * extent_.channels + channel_;
@@ -174,7 +188,7 @@ class Walk<Nchw<kWidth>, kUnroll, kBackwards> {
   const Extent& extent_;
   const int64_t channel_;
   int64_t tile_;
-  int64_t step_image_, step_row_;
+  int64_t step_images_, step_rows_;
   int64_t image_[kUnroll], row_[kUnroll];
 };
 
@@ -203,14 +217,6 @@ inline void check_activation(const char* op, const char* name, const Tensor& x) 
                      to_string(x.sizes()));
   check_dense(op, name, x);
 }
-
-// How one kernel is spread over the device.
-struct Spread {
-  int max_lanes;      // of threadIdx.x: channel groups side by side in a block
-  int unroll;         // rows of a thread in a tile
-  int blocks_per_sm;  // of the grid, if there are rows enough
-  int min_tiles;      // of a block, if there are blocks enough
-};
 
 // An activation as seen by kernels that move `width` elements per access.
 struct Activation {
@@ -262,7 +268,7 @@ struct LaunchShape {
     const int64_t columns =
         activation.channels_last ? ceil_div(groups, static_cast<int64_t>(lanes)) : groups;
     const int64_t blocks =
-        static_cast<int64_t>(multiprocessor_count(device)) * spread.blocks_per_sm;
+        static_cast<int64_t>(multiprocessor_count(device)) * spread.resident_blocks * spread.waves;
     const int64_t splits = std::min({ceil_div(blocks, std::max<int64_t>(columns, 1)),
                                      ceil_div(extent.tiles, spread.min_tiles), int64_t{65535}});
     grid =

@@ -15,31 +15,8 @@ namespace {
 
 // ---- Statistics: reads x once; 1 read of sizeof(T) per element ----
 
-constexpr Spread kStatisticsSpread = {16, 4, 4, 2};
-
-// Sums around the first value of each channel that the thread sees. That value is one of those
-// summed, so the subtraction in moments() loses at most a factor `count` of a float's accuracy.
-template <int kChannels>
-struct ShiftedSums {
-  float count = 0;
-  float shift[kChannels] = {}, sum[kChannels] = {}, sum_squares[kChannels] = {};
-
-  template <class T, int kWidth>
-  __device__ void add(const Vector<T, kWidth>& vector) {
-    if (count == 0) {
-#pragma unroll
-      for (int k = 0; k < kChannels; ++k) shift[k] = static_cast<float>(vector.values[k]);
-    }
-    count += kWidth / kChannels;
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      const int k = j % kChannels;
-      const float difference = static_cast<float>(vector.values[j]) - shift[k];
-      sum[k] += difference;
-      sum_squares[k] = fmaf(difference, difference, sum_squares[k]);
-    }
-  }
-};
+// One wave: every block leaves partial results behind.
+constexpr Spread kStatisticsSpread = {16, 4, 2, 1, 2};
 
 // Count, mean and sum of squared deviations from the mean (M2), of each channel of a thread. Chan,
 // Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances",
@@ -53,20 +30,6 @@ struct Moments {
   __device__ float& mean(int k) { return values[1 + k]; }
   __device__ float& m2(int k) { return values[1 + kChannels + k]; }
 
-  __device__ Moments() {}
-
-  __device__ explicit Moments(const ShiftedSums<kChannels>& sums) {
-    count() = sums.count;
-    if (sums.count == 0) return;
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      const float delta = sums.sum[k] / sums.count;
-      mean(k) = sums.shift[k] + delta;
-      const float deviations = fmaf(-sums.sum[k], delta, sums.sum_squares[k]);
-      m2(k) = deviations < 0 ? 0 : deviations;
-    }
-  }
-
   static __device__ void combine(float (&a)[kValues], const float (&b)[kValues]) {
     const float count = a[0] + b[0];
     if (b[0] == 0) return;
@@ -78,6 +41,36 @@ struct Moments {
       a[1 + k] = fmaf(difference, weight, a[1 + k]);
     }
     a[0] = count;
+  }
+
+  // Adds those of the vectors that are valid: all of them around their own mean first.
+  template <class T, int kWidth, int kUnroll>
+  __device__ void add(const Vector<T, kWidth> (&vectors)[kUnroll], const bool (&valid)[kUnroll]) {
+    Moments added;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (!valid[u]) continue;
+      added.count() += kWidth / kChannels;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        added.mean(j % kChannels) += static_cast<float>(vectors[u].values[j]);
+      }
+    }
+    if (added.count() == 0) return;
+    const float inverse = 1 / added.count();
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) added.mean(k) *= inverse;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (!valid[u]) continue;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        const int k = j % kChannels;
+        const float deviation = static_cast<float>(vectors[u].values[j]) - added.mean(k);
+        added.m2(k) = fmaf(deviation, deviation, added.m2(k));
+      }
+    }
+    combine(values, added.values);
   }
 };
 
@@ -107,7 +100,7 @@ struct StatisticsBranch {
 
 // Mean and invstd of every channel, and the running statistics. blockIdx.z chooses the branch.
 template <class T, class Layout>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kStatisticsSpread.resident_blocks)
     statistics_kernel(const __grid_constant__ Extent extent,
                       const __grid_constant__ StatisticsBranch own,
                       const __grid_constant__ StatisticsBranch of_residual) {
@@ -119,19 +112,17 @@ __global__ void __launch_bounds__(kThreads)
   const StatisticsBranch& branch = blockIdx.z == 0 ? own : of_residual;
   const T* x = static_cast<const T*>(branch.x);
 
-  ShiftedSums<kChannels> sums;
+  M moments;
   for (Walk<Layout, kUnroll, false> walk(extent); walk.inside(); walk.next()) {
     Vector<T, kWidth> vectors[kUnroll];
+    bool valid[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (walk.valid(u)) vectors[u] = load(vector_at<kWidth>(x, walk.element(u)));
+      valid[u] = walk.valid(u);
+      if (valid[u]) vectors[u] = load(vector_at<kWidth>(x, walk.element(u)));
     }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (walk.valid(u)) sums.add(vectors[u]);
-    }
+    moments.add(vectors, valid);
   }
-  M moments(sums);
   reduce_rows(moments.values, shared, M::combine);
 
   const int64_t first = Layout::first_channel();
@@ -173,7 +164,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- Apply: reads x (and the residual) and writes out; sizeof(T) each, and 1 bit of mask ----
 
-constexpr Spread kApplySpread = {32, 2, 8, 1};
+constexpr Spread kApplySpread = {32, 2, 2, 4, 1};
 
 struct ApplyArguments {
   const void *x, *residual;
@@ -208,16 +199,14 @@ __device__ inline void store_mask(uint8_t* mask, int64_t byte, int shift, unsign
 }
 
 template <class T, class Layout, Residual kResidual, bool kSaveMask>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kApplySpread.resident_blocks)
     apply_kernel(const __grid_constant__ Extent extent, const __grid_constant__ ApplyArguments a) {
   constexpr int kChannels = Layout::kChannels, kWidth = Layout::kWidth;
   constexpr int kUnroll = kApplySpread.unroll;
   const int64_t first = Layout::first_channel();
-  Affine<kChannels> bn, residual_bn;
-  bn.read(a.bn, first, extent.channels);
-  if constexpr (kResidual == Residual::kBatchNorm) {
-    residual_bn.read(a.residual_bn, first, extent.channels);
-  }
+  constexpr bool kDual = kResidual == Residual::kBatchNorm;
+  Total<kChannels, kDual> total_of;
+  total_of.read(a.bn, a.residual_bn, first, extent.channels);
   if (blockIdx.y == 0 && threadIdx.y == 0) {
     for (int64_t c = first; c < first + kChannels && c < extent.channels; ++c) {
       write_statistics(a.bn, c, a.mean, a.invstd);
@@ -241,13 +230,12 @@ __global__ void __launch_bounds__(kThreads)
         Vector<T, kWidth> out;
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
-          float total = bn.from_centered(bn.centered(static_cast<float>(x[u].values[j]), j), j);
-          if constexpr (kResidual == Residual::kPlain) {
-            total += static_cast<float>(residual[u].values[j]);
-          } else if constexpr (kResidual == Residual::kBatchNorm) {
-            const float r = static_cast<float>(residual[u].values[j]);
-            total += residual_bn.from_centered(residual_bn.centered(r, j), j);
-          }
+          const float xc = total_of.bn.centered(static_cast<float>(x[u].values[j]), j);
+          float r = 0;
+          if constexpr (kResidual != Residual::kNone) r = static_cast<float>(residual[u].values[j]);
+          if constexpr (kDual) r = total_of.residual_bn.centered(r, j);
+          float total = total_of.at(xc, r, j);
+          if constexpr (kResidual == Residual::kPlain) total += r;
           const bool passes = passes_relu<T>(total);
           if constexpr (kSaveMask) bits |= static_cast<unsigned>(passes) << j;
           out.values[j] = static_cast<T>(passes || !a.relu ? total : 0.0f);

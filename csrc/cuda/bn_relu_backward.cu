@@ -50,23 +50,27 @@ struct BackwardArguments {
 // residual: the apply pass reads that instead of grad_out and mask. Otherwise, kWithGradients, it
 // writes all gradients, and there is no apply pass.
 
-constexpr Spread kReductionSpread = {16, 2, 4, 2};
+// One wave: every block leaves partial results behind. A thread with two batch norms has twice the
+// values per channel in registers, and with their gradients too many for a second block.
+constexpr Spread reduction_spread(bool dual, bool with_gradients) {
+  return {16, dual ? 1 : 2, dual && with_gradients ? 1 : 2, 1, 2};
+}
 
 template <class T, class Layout, Residual kResidual, bool kWithGradients>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(
+    kThreads, reduction_spread(kResidual == Residual::kBatchNorm, kWithGradients).resident_blocks)
     reduction_kernel(const __grid_constant__ Extent extent,
                      const __grid_constant__ BackwardArguments a) {
   constexpr int kChannels = Layout::kChannels, kWidth = Layout::kWidth;
-  constexpr int kUnroll = kReductionSpread.unroll;
   constexpr bool kDual = kResidual == Residual::kBatchNorm;
+  constexpr int kUnroll = reduction_spread(kDual, kWithGradients).unroll;
   constexpr bool kPlain = kResidual == Residual::kPlain;
   constexpr int kSums = kDual ? 3 : 2, kValues = kSums * kChannels;
   RESNET_FUSED_SHARED(float, shared, reduction_size(kValues));
   RESNET_FUSED_SHARED(unsigned, flag, 1);
   const int64_t first = Layout::first_channel();
-  Affine<kChannels> bn, residual_bn;
-  bn.read(a.own.bn, first, extent.channels);
-  if constexpr (kDual) residual_bn.read(a.other.bn, first, extent.channels);
+  Total<kChannels, kDual> total_of;
+  total_of.read(a.own.bn, a.other.bn, first, extent.channels);
 
   float sums[kValues] = {};  // of dy, of dy * xc, of dy * rc, each for all channels
   for (Walk<Layout, kUnroll, false> walk(extent); walk.inside(); walk.next()) {
@@ -91,26 +95,24 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         const int k = j % kChannels;
-        const float xc = bn.centered(static_cast<float>(x[u].values[j]), j);
+        const float xc = total_of.bn.centered(static_cast<float>(x[u].values[j]), j);
         float dy = static_cast<float>(grad_out[u].values[j]);
         [[maybe_unused]] float rc = 0;
         if constexpr (kPlain) {
           dy = bits[u] >> j & 1 ? dy : 0.0f;
         } else {
-          float total = bn.from_centered(xc, j);
           if constexpr (kDual) {
-            rc = residual_bn.centered(static_cast<float>(residual[u].values[j]), j);
-            total += residual_bn.from_centered(rc, j);
+            rc = total_of.residual_bn.centered(static_cast<float>(residual[u].values[j]), j);
           }
-          dy = a.relu && !passes_relu<T>(total) ? 0.0f : dy;
+          dy = a.relu && !passes_relu<T>(total_of.at(xc, rc, j)) ? 0.0f : dy;
         }
         sums[k] += dy;
         sums[kChannels + k] = fmaf(dy, xc, sums[kChannels + k]);
         if constexpr (kDual) sums[2 * kChannels + k] = fmaf(dy, rc, sums[2 * kChannels + k]);
-        if constexpr (kWithGradients) grad_x.values[j] = static_cast<T>(dy * bn.scale[k]);
+        if constexpr (kWithGradients) grad_x.values[j] = static_cast<T>(dy * total_of.bn.scale[k]);
         if constexpr (kPlain) grad_residual.values[j] = static_cast<T>(dy);
         if constexpr (kDual && kWithGradients) {
-          grad_residual.values[j] = static_cast<T>(dy * residual_bn.scale[k]);
+          grad_residual.values[j] = static_cast<T>(dy * total_of.residual_bn.scale[k]);
         }
       }
       if constexpr (kWithGradients) {
@@ -164,7 +166,7 @@ __global__ void __launch_bounds__(kThreads)
 // Reads grad_out and x and writes grad_x, sizeof(T) each per element; with a batch norm of the
 // residual it reads that too and writes its gradient.
 
-constexpr Spread kGradientsSpread = {32, 2, 8, 1};
+constexpr Spread gradients_spread(bool dual) { return {32, dual ? 1 : 2, 2, 4, 1}; }
 
 // dy to the gradient of the input of one batch norm, for the channels of one thread.
 template <int kChannels>
@@ -186,20 +188,17 @@ struct Projection {
 };
 
 template <class T, class Layout, bool kDual>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, gradients_spread(kDual).resident_blocks)
     gradients_kernel(const __grid_constant__ Extent extent,
                      const __grid_constant__ BackwardArguments a) {
   constexpr int kChannels = Layout::kChannels, kWidth = Layout::kWidth;
-  constexpr int kUnroll = kGradientsSpread.unroll;
+  constexpr int kUnroll = gradients_spread(kDual).unroll;
   const int64_t first = Layout::first_channel();
-  Affine<kChannels> bn, residual_bn;
+  Total<kChannels, kDual> total_of;
+  total_of.read(a.own.bn, a.other.bn, first, extent.channels);
   Projection<kChannels> own, other;
-  bn.read(a.own.bn, first, extent.channels);
   own.read(a.own, first, extent.channels);
-  if constexpr (kDual) {
-    residual_bn.read(a.other.bn, first, extent.channels);
-    other.read(a.other, first, extent.channels);
-  }
+  if constexpr (kDual) other.read(a.other, first, extent.channels);
   for (Walk<Layout, kUnroll, true> walk(extent); walk.inside(); walk.next()) {
     Vector<T, kWidth> grad_out[kUnroll], x[kUnroll], residual[kUnroll];
 #pragma unroll
@@ -218,18 +217,17 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         const int k = j % kChannels;
-        const float xc = bn.centered(static_cast<float>(x[u].values[j]), j);
-        float total = bn.from_centered(xc, j);
+        const float xc = total_of.bn.centered(static_cast<float>(x[u].values[j]), j);
         [[maybe_unused]] float rc = 0;
         if constexpr (kDual) {
-          rc = residual_bn.centered(static_cast<float>(residual[u].values[j]), j);
-          total += residual_bn.from_centered(rc, j);
+          rc = total_of.residual_bn.centered(static_cast<float>(residual[u].values[j]), j);
         }
-        const float dy =
-            a.relu && !passes_relu<T>(total) ? 0.0f : static_cast<float>(grad_out[u].values[j]);
-        grad_x.values[j] = static_cast<T>(own.apply(dy, xc, bn.scale[k], j));
+        const bool passes = !a.relu || passes_relu<T>(total_of.at(xc, rc, j));
+        const float dy = passes ? static_cast<float>(grad_out[u].values[j]) : 0.0f;
+        grad_x.values[j] = static_cast<T>(own.apply(dy, xc, total_of.bn.scale[k], j));
         if constexpr (kDual) {
-          grad_residual.values[j] = static_cast<T>(other.apply(dy, rc, residual_bn.scale[k], j));
+          grad_residual.values[j] =
+              static_cast<T>(other.apply(dy, rc, total_of.residual_bn.scale[k], j));
         }
       }
       store(vector_at<kWidth>(static_cast<T*>(a.grad_x), walk.element(u)), grad_x);
@@ -245,8 +243,10 @@ __global__ void __launch_bounds__(kThreads)
 template <Residual kResidual>
 void launch_reduction(const char* op, const Tensor& x, const Activation& activation,
                       BackwardArguments a, bool with_gradients, cudaStream_t stream) {
-  constexpr int kSums = kResidual == Residual::kBatchNorm ? 3 : 2;
-  const LaunchShape shape(activation, kReductionSpread, x.get_device_index());
+  constexpr bool kDual = kResidual == Residual::kBatchNorm;
+  constexpr int kSums = kDual ? 3 : 2;
+  const LaunchShape shape(activation, reduction_spread(kDual, with_gradients),
+                          x.get_device_index());
   const int64_t columns = shape.grid.x, splits = shape.splits();
   const int64_t words = splits > 1 ? columns + splits * kSums * x.size(1) : 0;
   Tensor workspace = allocate_vector(x, words, aoti_torch_dtype_float32());
@@ -271,7 +271,7 @@ void launch_reduction(const char* op, const Tensor& x, const Activation& activat
 template <bool kDual>
 void launch_gradients(const char* op, const Tensor& x, const Activation& activation,
                       const BackwardArguments& a, cudaStream_t stream) {
-  const LaunchShape shape(activation, kGradientsSpread, x.get_device_index());
+  const LaunchShape shape(activation, gradients_spread(kDual), x.get_device_index());
   dispatch_activation(op, x, activation, [&](auto element, auto layout) {
     RESNET_FUSED_LAUNCH((gradients_kernel<decltype(element), decltype(layout), kDual>), shape.grid,
                         shape.block, 0, stream, shape.extent, a);

@@ -97,9 +97,30 @@ struct Affine {
 
   // j: position in the thread's vector, which is all of one channel if kChannels is 1.
   __device__ float centered(float x, int j) const { return x - mean[j % kChannels]; }
+};
 
-  __device__ float from_centered(float centered, int j) const {
-    return fmaf(centered, scale[j % kChannels], bias[j % kChannels]);
+// What goes into the ReLU: the sum of a batch norm and, in a dual one, that of the residual.
+// Forward and backward get bit-equal totals from it, so that its sign can be computed again.
+template <int kChannels, bool kDual>
+struct Total {
+  Affine<kChannels> bn, residual_bn;
+
+  __device__ void read(const BatchNorm& own, const BatchNorm& of_residual, int64_t first_channel,
+                       int64_t channels) {
+    bn.read(own, first_channel, channels);
+    if constexpr (kDual) {
+      residual_bn.read(of_residual, first_channel, channels);
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) bn.bias[k] += residual_bn.bias[k];
+    }
+  }
+
+  // From the centred elements of x and, if dual, of the residual.
+  __device__ float at(float xc, [[maybe_unused]] float rc, int j) const {
+    const int k = j % kChannels;
+    const float total = fmaf(xc, bn.scale[k], bn.bias[k]);
+    if constexpr (kDual) return fmaf(rc, residual_bn.scale[k], total);
+    return total;
   }
 };
 

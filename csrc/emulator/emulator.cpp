@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "emulator/global_memory.h"
 #include "emulator/records.h"
 
 #ifdef __SANITIZE_ADDRESS__
@@ -208,11 +209,22 @@ std::string to_string(const uint3& index) {
          std::to_string(index.z) + ")";
 }
 
+std::string to_string(const void* address) {
+  char text[2 + 16 + 1];
+  std::snprintf(text, sizeof(text), "%p", address);
+  return text;
+}
+
 std::string to_string(const Site& site) {
   return std::string(site.file_name()) + ":" + std::to_string(site.line());
 }
 
 std::string to_string(const Thread& thread) { return "thread " + to_string(thread.index); }
+
+uint3 block_index(uint64_t i) {
+  return {static_cast<unsigned>(i % gridDim.x), static_cast<unsigned>(i / gridDim.x % gridDim.y),
+          static_cast<unsigned>(i / gridDim.x / gridDim.y)};
+}
 
 // "(kernel<T>)", as written in a launch, -> "kernel<T>"
 std::string kernel_name(std::string text) {
@@ -384,7 +396,6 @@ void prepare(Scheduler& s, const Launch& launch) {
   for (unsigned i = 0; i < s.threads.size(); ++i) {
     s.threads[i].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
   }
-  // Rounded up to whole elements of any type; the exact size makes AddressSanitizer see overruns.
   const size_t cells = launch.dynamic_shared_bytes / kDynamicCellBytes;
   if (s.dynamic_cells.size() < cells) {
     s.dynamic_cells.resize(cells);
@@ -407,15 +418,15 @@ void run(const Launch& launch, void (*body)(void*), void* context) {
   s.error.clear();
   counters = {};
   ++launch_number;
+  forget_global_stores(static_cast<unsigned>(s.threads.size()));
   gridDim = launch.grid;
   blockDim = launch.block;
   Random random(s.seed);
   try {
-    const uint64_t per_layer = uint64_t{gridDim.x} * gridDim.y;
-    for_each_shuffled(per_layer * gridDim.z, random, [&](uint64_t i) {
-      blockIdx = {static_cast<unsigned>(i % gridDim.x),
-                  static_cast<unsigned>(i / gridDim.x % gridDim.y),
-                  static_cast<unsigned>(i / per_layer)};
+    const uint64_t blocks = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
+    for_each_shuffled(blocks, random, [&](uint64_t i) {
+      blockIdx = block_index(i);
+      enter_block(i);
       run_block(s, random);
     });
     if (counters.static_shared_bytes + launch.dynamic_shared_bytes > kMaxSharedBytes) {
@@ -451,10 +462,8 @@ uint64_t collective(const CollectiveCall& call) {
 }
 
 void fail_alignment(const char* what, const void* address, size_t bytes, Site site) {
-  char text[2 + 16 + 1];
-  std::snprintf(text, sizeof(text), "%p", address);
   fail_in_thread("makes a misaligned " + std::to_string(bytes) + "-byte " + what + " of address " +
-                 text + " at " + to_string(site));
+                 to_string(address) + " at " + to_string(site));
 }
 
 void fail_index(const SharedAccess& access, int count) {
@@ -475,6 +484,14 @@ void fail_race(const SharedAccess& access, const char* what, const char* what_be
                  to_string(access.site) + ", which " +
                  to_string(scheduler().threads[thread_before]) + " has " + what_before + " at " +
                  to_string(site_before) + " with no barrier between");
+}
+
+void fail_global_race(const GlobalRace& race) {
+  fail_in_thread("races through global memory: it " + std::string(race.what) + " address " +
+                 to_string(race.address) + " at " + to_string(race.site) + ", which " +
+                 to_string(scheduler().threads[race.thread_before]) + " of block " +
+                 to_string(block_index(race.block_before)) + " has written at " +
+                 to_string(race.site_before) + " " + race.why);
 }
 
 void configure(uint64_t seed, int multiprocessors) {

@@ -1,10 +1,13 @@
 // Runs CUDA kernels on the CPU. Stands in for the CUDA half of cuda/platform.h when a .cu file is
 // compiled with RESNET_FUSED_EMULATE, and finds what a GPU would turn into rare wrong results:
-// races through shared memory, barriers that not every thread reaches, misaligned accesses.
+// races through shared and global memory, uninitialised shared memory, barriers that not every
+// thread reaches, misaligned accesses.
 //
 // Every CUDA thread is a fiber; blocks run one after the other, in an order drawn from a seed like
-// that of the warps and lanes within them. So a kernel that waits for another block (other than by
-// leaving the rest to the last one) never ends here.
+// that of the warps and lanes within them. So a kernel that waits for another block never ends
+// here. Stricter than a GPU: warp collectives are for whole warps, barriers for threads that have
+// not ended, and of the collectives only __syncwarp orders accesses to memory, as CUDA's guide has
+// it.
 #pragma once
 
 #ifndef __x86_64__
@@ -174,6 +177,12 @@ inline void check_write(Cell& cell, const SharedAccess& access) {
   cell.writer = stamp(access.site);
 }
 
+// Find races through global memory: see global_memory.h.
+void on_load(const void* p, size_t bytes, Site site);
+void on_store(const void* p, size_t bytes, Site site);
+void on_fence();
+void on_atomic();
+
 // Requires what makes a load or store of V a single instruction on a GPU.
 template <class V>
 constexpr void check_access_type() {
@@ -197,6 +206,7 @@ inline Integer atomic_add(Integer* p, Integer value, Site site) {
     fail_alignment("atomic access", p, sizeof(Integer), site);
   }
   ++counters.atomics;
+  on_atomic();
   const Integer before = *p;
   *p = before + value;
   return before;
@@ -344,6 +354,7 @@ template <class V>
 inline V load(const V* p, emulator::Site site = emulator::Site::current()) {
   emulator::count_access("load", p, site);
   emulator::counters.bytes_read += sizeof(V);
+  emulator::on_load(p, sizeof(V), site);
   return *p;
 }
 
@@ -352,6 +363,7 @@ inline void store(V* p, std::type_identity_t<V> value,
                   emulator::Site site = emulator::Site::current()) {
   emulator::count_access("store", p, site);
   emulator::counters.bytes_written += sizeof(V);
+  emulator::on_store(p, sizeof(V), site);
   *p = value;
 }
 
@@ -426,8 +438,7 @@ inline unsigned __ballot_sync(
 
 inline int __popc(unsigned value) { return std::popcount(value); }
 
-// Threads run one at a time, so writes are always seen in order.
-inline void __threadfence() {}
+inline void __threadfence() { resnet_fused::emulator::on_fence(); }
 
 inline int atomicAdd(int* p, int value,
                      resnet_fused::emulator::Site site = resnet_fused::emulator::Site::current()) {
