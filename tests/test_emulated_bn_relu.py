@@ -475,7 +475,7 @@ MUTANTS = {
         "cuda/bn_relu_backward.cu", "split < gridDim.y;", "split < gridDim.y - 1;", None
     ),
     "vectors at any channel": Mutant(
-        "cuda/bn_relu_backward.cu", "run * element % kVectorBytes == 0", "true", "misaligned"
+        "cuda/bn_relu_backward.cu", "run * element % kVectorBytes == 0", "run > 0", "misaligned"
     ),
 }
 

@@ -130,18 +130,21 @@ class Walk<Nchw<kWidth>, kUnroll, kBackwards> {
  public:
   __device__ explicit Walk(const Extent& extent)
       : extent_(extent), channel_(Nchw<kWidth>::first_channel()), tile_(blockIdx.y) {
-    const int64_t first = tile_ * kUnroll * blockDim.y + threadIdx.y;
-    image_[0] = first / extent.plane_rows;
-    row_[0] = first % extent.plane_rows;
+    // The grid is small enough for 32 bits, and so is every quotient and remainder below.
+    const unsigned first = blockIdx.y * kUnroll * blockDim.y + threadIdx.y;
+    const unsigned tiles_apart = gridDim.y * kUnroll * blockDim.y;
+    constexpr int64_t kLargest = ~0u;
+    const unsigned plane_rows = extent.plane_rows < kLargest ? extent.plane_rows : kLargest;
+    image_[0] = first / plane_rows;
+    row_[0] = first % plane_rows;
 #pragma unroll
     for (int u = 1; u < kUnroll; ++u) {
       image_[u] = image_[u - 1];
       row_[u] = row_[u - 1];
-      step(u, blockDim.y / extent.plane_rows, blockDim.y % extent.plane_rows);
+      step(u, blockDim.y / plane_rows, blockDim.y % plane_rows);
     }
-    const int64_t tiles_apart = static_cast<int64_t>(gridDim.y) * kUnroll * blockDim.y;
-    step_images_ = tiles_apart / extent.plane_rows;
-    step_rows_ = tiles_apart % extent.plane_rows;
+    step_images_ = tiles_apart / plane_rows;
+    step_rows_ = tiles_apart % plane_rows;
   }
 
   __device__ bool inside() const { return tile_ < extent_.tiles; }
@@ -210,6 +213,8 @@ inline Tensor allocate_vector(const Tensor& t, int64_t length, int32_t dtype) {
   const int64_t stride = 1;
   return allocate_like(t, {&length, 1}, {&stride, 1}, dtype);
 }
+
+inline uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
 inline void check_activation(const char* op, const char* name, const Tensor& x) {
   RESNET_FUSED_CHECK(is_kernel_device(x), op, ": ", name, " must be a CUDA tensor");

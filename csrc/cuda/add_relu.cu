@@ -1,46 +1,31 @@
 // relu(x + residual) and its backward, each in one pass over memory.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
 
-#include "common/checks.h"
-#include "common/dispatch.h"
-#include "cuda/platform.h"
+#include "cuda/activation.h"
 
 namespace resnet_fused {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kVectorBytes = 16;
 // Loads in flight per thread and tensor, before the first value is used.
 constexpr int kVectorsPerThread = 2;
 
 // The comparison is written so that NaN passes, as in torch.relu; fmaxf would hide it.
 struct AddRelu {
-  template <class Math>
-  static __device__ Math apply(Math x, Math residual) {
-    const Math sum = x + residual;
-    return sum < Math(0) ? Math(0) : sum;
+  static __device__ float apply(float x, float residual) {
+    const float sum = x + residual;
+    return sum < 0 ? 0 : sum;
   }
 };
 
 struct ReluMask {
-  template <class Math>
-  static __device__ Math apply(Math grad_out, Math out) {
-    return out <= Math(0) ? Math(0) : grad_out;
-  }
-};
-
-template <class T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Vector {
-  T values[kWidth];
+  static __device__ float apply(float grad_out, float out) { return out <= 0 ? 0 : grad_out; }
 };
 
 template <class Op, class T>
 __device__ inline T apply(T a, T b) {
-  using Math = accumulate_t<T>;
-  return static_cast<T>(Op::apply(static_cast<Math>(a), static_cast<Math>(b)));
+  return static_cast<T>(Op::apply(static_cast<float>(a), static_cast<float>(b)));
 }
 
 // result[i] = Op(a[i], b[i]) for i < n. Moves 3 * sizeof(T) bytes per element.
@@ -82,9 +67,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class Op, class T, int kWidth>
 void launch(const T* a, const T* b, T* result, int64_t n, cudaStream_t stream) {
-  const int64_t n_vectors = (n + kWidth - 1) / kWidth;
-  constexpr int64_t kVectorsPerBlock = kThreads * kVectorsPerThread;
-  const int64_t blocks = (n_vectors + kVectorsPerBlock - 1) / kVectorsPerBlock;
+  const int64_t blocks = ceil_div(ceil_div(n, kWidth), kThreads * kVectorsPerThread);
   RESNET_FUSED_LAUNCH((elementwise_kernel<Op, T, kWidth>), static_cast<unsigned>(blocks), kThreads,
                       0, stream, a, b, result, n);
 }
@@ -92,21 +75,18 @@ void launch(const T* a, const T* b, T* result, int64_t n, cudaStream_t stream) {
 template <class Op>
 Tensor elementwise(const char* op, const char* a_name, const Tensor& a, const char* b_name,
                    const Tensor& b) {
-  RESNET_FUSED_CHECK(is_kernel_device(a), op, ": ", a_name, " must be a CUDA tensor");
-  check_dense(op, a_name, a);
+  check_activation(op, a_name, a);
   check_like(op, b_name, b, a_name, a);
   const DeviceGuard guard(a.get_device_index());
-  Tensor result = torch::stable::empty_like(a);
+  Tensor result = allocate_like(a);
   if (a.numel() == 0) return result;
   const cudaStream_t stream = current_stream(a);
-  dispatch_floating(op, a_name, a.scalar_type(), [&](auto element) {
+  dispatch_up_to_float32(op, a_name, a.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const T* a_data = static_cast<const T*>(a.const_data_ptr());
     const T* b_data = static_cast<const T*>(b.const_data_ptr());
     T* result_data = static_cast<T*>(result.mutable_data_ptr());
-    const auto addresses = reinterpret_cast<uintptr_t>(a_data) |
-                           reinterpret_cast<uintptr_t>(b_data) |
-                           reinterpret_cast<uintptr_t>(result_data);
+    const uintptr_t addresses = address(a_data) | address(b_data) | address(result_data);
     if (addresses % kVectorBytes == 0) {
       launch<Op, T, kVectorBytes / sizeof(T)>(a_data, b_data, result_data, a.numel(), stream);
     } else {

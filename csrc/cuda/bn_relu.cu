@@ -84,17 +84,32 @@ struct StatisticsBranch {
   float *counts, *means, *m2s;  // of the blocks: (columns, splits), (splits, C), (splits, C)
   unsigned* finished;           // (columns,)
 
-  __device__ void write(int64_t c, float count, float channel_mean, float m2) const {
-    const float var = m2 / count;
-    store(mean + c, channel_mean);
-    store(invstd + c, 1.0f / sqrtf(var + eps));
-    if (running_mean.data != nullptr) {
-      running_mean.set(c, fmaf(momentum, channel_mean, (1 - momentum) * running_mean.get(c, 0)));
+  template <int kChannels>
+  __device__ void write(int64_t first, Moments<kChannels>& moments) const {
+    const float count = moments.count();
+    float means[kChannels], unbiased[kChannels];
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+      means[k] = moments.mean(k);
+      unbiased[k] = moments.m2(k) / (count - 1);
+      store(mean + first + k, means[k]);
+      store(invstd + first + k, 1 / sqrtf(moments.m2(k) / count + eps));
     }
-    if (running_var.data != nullptr) {
-      const float unbiased = m2 / (count - 1);
-      running_var.set(c, fmaf(momentum, unbiased, (1 - momentum) * running_var.get(c, 0)));
+    update(running_mean, first, means);
+    update(running_var, first, unbiased);
+  }
+
+ private:
+  template <int kChannels>
+  __device__ void update(const ChannelVector& running, int64_t first,
+                         const float (&batch)[kChannels]) const {
+    float values[kChannels];
+    running.get(first, 0.0f, values);
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+      values[k] = fmaf(momentum, batch[k], (1 - momentum) * values[k]);
     }
+    running.set(first, values);
   }
 };
 
@@ -154,12 +169,7 @@ __global__ void __launch_bounds__(kThreads, kStatisticsSpread.resident_blocks)
     }
     reduce_rows(moments.values, shared, M::combine);
   }
-  if (writes) {
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      branch.write(first + k, moments.count(), moments.mean(k), moments.m2(k));
-    }
-  }
+  if (writes) branch.write(first, moments);
 }
 
 // ---- Apply: reads x (and the residual) and writes out; sizeof(T) each, and 1 bit of mask ----
@@ -176,11 +186,18 @@ struct ApplyArguments {
   bool relu;
 };
 
-__device__ inline void write_statistics(const BatchNorm& bn, int64_t c, float* mean,
+template <int kChannels>
+__device__ inline void write_statistics(const BatchNorm& bn, int64_t first, float* mean,
                                         float* invstd) {
   if (mean == nullptr) return;
-  store(mean + c, bn.mean.get(c, 0.0f));
-  store(invstd + c, bn.invstd(c));
+  float means[kChannels], invstds[kChannels];
+  bn.mean.get(first, 0.0f, means);
+  bn.get_invstd(first, invstds);
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) {
+    store(mean + first + k, means[k]);
+    store(invstd + first + k, invstds[k]);
+  }
 }
 
 // Bits of one vector, put into the byte that neighbouring threads share with it. All threads call.
@@ -206,11 +223,11 @@ __global__ void __launch_bounds__(kThreads, kApplySpread.resident_blocks)
   const int64_t first = Layout::first_channel();
   constexpr bool kDual = kResidual == Residual::kBatchNorm;
   Total<kChannels, kDual> total_of;
-  total_of.read(a.bn, a.residual_bn, first, extent.channels);
-  if (blockIdx.y == 0 && threadIdx.y == 0) {
-    for (int64_t c = first; c < first + kChannels && c < extent.channels; ++c) {
-      write_statistics(a.bn, c, a.mean, a.invstd);
-      write_statistics(a.residual_bn, c, a.residual_mean, a.residual_invstd);
+  if (first < extent.channels) {
+    total_of.read(a.bn, a.residual_bn, first);
+    if (blockIdx.y == 0 && threadIdx.y == 0) {
+      write_statistics<kChannels>(a.bn, first, a.mean, a.invstd);
+      write_statistics<kChannels>(a.residual_bn, first, a.residual_mean, a.residual_invstd);
     }
   }
   for (Walk<Layout, kUnroll, true> walk(extent); walk.inside(); walk.next()) {

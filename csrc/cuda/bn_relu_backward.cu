@@ -23,13 +23,20 @@ struct BranchBackward {
   ChannelVector grad_weight, grad_bias;
   float *mean_dy, *slope;  // (C,): sum(dy) / n and sum(dy * xc) * invstd^2 / n; 0 if not training
 
-  __device__ void write(int64_t c, float n, float sum_dy, float sum_dy_xc) const {
-    const float invstd = bn.invstd(c);
-    grad_weight.set(c, sum_dy_xc * invstd);
-    grad_bias.set(c, sum_dy);
-    if (mean_dy == nullptr) return;
-    store(mean_dy + c, training ? sum_dy / n : 0.0f);
-    store(slope + c, training ? sum_dy_xc / n * invstd * invstd : 0.0f);
+  template <int kChannels>
+  __device__ void write(int64_t first, float n, const float* sum_dy, const float* sum_dy_xc) const {
+    float invstd[kChannels], of_weight[kChannels], of_bias[kChannels];
+    bn.get_invstd(first, invstd);
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+      of_weight[k] = sum_dy_xc[k] * invstd[k];
+      of_bias[k] = sum_dy[k];
+      if (mean_dy == nullptr) continue;
+      store(mean_dy + first + k, training ? sum_dy[k] / n : 0.0f);
+      store(slope + first + k, training ? of_weight[k] * invstd[k] / n : 0.0f);
+    }
+    grad_weight.set(first, of_weight);
+    grad_bias.set(first, of_bias);
   }
 };
 
@@ -70,7 +77,7 @@ __global__ void __launch_bounds__(
   RESNET_FUSED_SHARED(unsigned, flag, 1);
   const int64_t first = Layout::first_channel();
   Total<kChannels, kDual> total_of;
-  total_of.read(a.own.bn, a.other.bn, first, extent.channels);
+  if (first < extent.channels) total_of.read(a.own.bn, a.other.bn, first);
 
   float sums[kValues] = {};  // of dy, of dy * xc, of dy * rc, each for all channels
   for (Walk<Layout, kUnroll, false> walk(extent); walk.inside(); walk.next()) {
@@ -152,12 +159,9 @@ __global__ void __launch_bounds__(
     reduce_rows(sums, shared, add);
   }
   if (writes) {
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      a.own.write(first + k, a.values_per_channel, sums[k], sums[kChannels + k]);
-      if constexpr (kDual) {
-        a.other.write(first + k, a.values_per_channel, sums[k], sums[2 * kChannels + k]);
-      }
+    a.own.write<kChannels>(first, a.values_per_channel, sums, sums + kChannels);
+    if constexpr (kDual) {
+      a.other.write<kChannels>(first, a.values_per_channel, sums, sums + 2 * kChannels);
     }
   }
 }
@@ -166,19 +170,18 @@ __global__ void __launch_bounds__(
 // Reads grad_out and x and writes grad_x, sizeof(T) each per element; with a batch norm of the
 // residual it reads that too and writes its gradient.
 
-constexpr Spread gradients_spread(bool dual) { return {32, dual ? 1 : 2, 2, 4, 1}; }
+constexpr Spread gradients_spread(bool dual) { return {32, 2, dual ? 1 : 2, dual ? 8 : 4, 1}; }
 
 // dy to the gradient of the input of one batch norm, for the channels of one thread.
 template <int kChannels>
 struct Projection {
   float mean_dy[kChannels], slope[kChannels];
 
-  __device__ void read(const BranchBackward& branch, int64_t first_channel, int64_t channels) {
+  __device__ void read(const BranchBackward& branch, int64_t first) {
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
-      if (first_channel + k >= channels) continue;
-      mean_dy[k] = load(branch.mean_dy + first_channel + k);
-      slope[k] = load(branch.slope + first_channel + k);
+      mean_dy[k] = load(branch.mean_dy + first + k);
+      slope[k] = load(branch.slope + first + k);
     }
   }
 
@@ -195,10 +198,12 @@ __global__ void __launch_bounds__(kThreads, gradients_spread(kDual).resident_blo
   constexpr int kUnroll = gradients_spread(kDual).unroll;
   const int64_t first = Layout::first_channel();
   Total<kChannels, kDual> total_of;
-  total_of.read(a.own.bn, a.other.bn, first, extent.channels);
+  if (first < extent.channels) total_of.read(a.own.bn, a.other.bn, first);
   Projection<kChannels> own, other;
-  own.read(a.own, first, extent.channels);
-  if constexpr (kDual) other.read(a.other, first, extent.channels);
+  if (first < extent.channels) {
+    own.read(a.own, first);
+    if constexpr (kDual) other.read(a.other, first);
+  }
   for (Walk<Layout, kUnroll, true> walk(extent); walk.inside(); walk.next()) {
     Vector<T, kWidth> grad_out[kUnroll], x[kUnroll], residual[kUnroll];
 #pragma unroll
@@ -222,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, gradients_spread(kDual).resident_blo
         if constexpr (kDual) {
           rc = total_of.residual_bn.centered(static_cast<float>(residual[u].values[j]), j);
         }
-        const bool passes = !a.relu || passes_relu<T>(total_of.at(xc, rc, j));
+        const bool passes = passes_relu<T>(total_of.at(xc, rc, j)) | !a.relu;
         const float dy = passes ? static_cast<float>(grad_out[u].values[j]) : 0.0f;
         grad_x.values[j] = static_cast<T>(own.apply(dy, xc, total_of.bn.scale[k], j));
         if constexpr (kDual) {

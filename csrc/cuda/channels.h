@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <type_traits>
 
 #include "cuda/activation.h"
 
@@ -17,33 +18,46 @@ struct ChannelVector {
   int64_t stride = 1;
   ScalarType dtype = ScalarType::Float;
 
-  __device__ float get(int64_t c, float missing) const {
-    if (data == nullptr) return missing;
-    switch (dtype) {
-      case ScalarType::Half:
-        return load(static_cast<const torch::headeronly::Half*>(data) + c * stride);
-      case ScalarType::BFloat16:
-        return load(static_cast<const torch::headeronly::BFloat16*>(data) + c * stride);
-      case ScalarType::Double:
-        return static_cast<float>(load(static_cast<const double*>(data) + c * stride));
-      default:
-        return load(static_cast<const float*>(data) + c * stride);
+  // Of kChannels neighbouring channels.
+  template <int kChannels>
+  __device__ void get(int64_t first, float missing, float (&values)[kChannels]) const {
+    if (data == nullptr) {
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) values[k] = missing;
+      return;
     }
+    with_element_type([&](auto* p) {
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) {
+        values[k] = static_cast<float>(load(p + (first + k) * stride));
+      }
+    });
   }
 
-  __device__ void set(int64_t c, float value) const {
+  template <int kChannels>
+  __device__ void set(int64_t first, const float (&values)[kChannels]) const {
     if (data == nullptr) return;
+    with_element_type([&](auto* p) {
+      using T = std::remove_reference_t<decltype(*p)>;
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) {
+        store(p + (first + k) * stride, static_cast<T>(values[k]));
+      }
+    });
+  }
+
+ private:
+  template <class Body>
+  __device__ void with_element_type(Body body) const {
     switch (dtype) {
       case ScalarType::Half:
-        return store(static_cast<torch::headeronly::Half*>(data) + c * stride,
-                     torch::headeronly::Half(value));
+        return body(static_cast<torch::headeronly::Half*>(data));
       case ScalarType::BFloat16:
-        return store(static_cast<torch::headeronly::BFloat16*>(data) + c * stride,
-                     torch::headeronly::BFloat16(value));
+        return body(static_cast<torch::headeronly::BFloat16*>(data));
       case ScalarType::Double:
-        return store(static_cast<double*>(data) + c * stride, static_cast<double>(value));
+        return body(static_cast<double*>(data));
       default:
-        return store(static_cast<float*>(data) + c * stride, value);
+        return body(static_cast<float*>(data));
     }
   }
 };
@@ -56,9 +70,12 @@ struct BatchNorm {
   float eps;
   ChannelVector weight, bias;
 
-  __device__ float invstd(int64_t c) const {
-    const float value = invstd_or_var.get(c, 1.0f);
-    return has_variance ? 1.0f / sqrtf(value + eps) : value;
+  template <int kChannels>
+  __device__ void get_invstd(int64_t first, float (&values)[kChannels]) const {
+    invstd_or_var.get(first, 1.0f, values);
+    if (!has_variance) return;
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) values[k] = 1 / sqrtf(values[k] + eps);
   }
 };
 
@@ -84,15 +101,14 @@ template <int kChannels>
 struct Affine {
   float mean[kChannels], scale[kChannels], bias[kChannels];
 
-  __device__ void read(const BatchNorm& bn, int64_t first_channel, int64_t channels) {
+  __device__ void read(const BatchNorm& bn, int64_t first) {
+    float weight[kChannels];
+    bn.mean.get(first, 0.0f, mean);
+    bn.get_invstd(first, scale);
+    bn.weight.get(first, 1.0f, weight);
+    bn.bias.get(first, 0.0f, bias);
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      const int64_t c = first_channel + k;
-      if (c >= channels) continue;
-      mean[k] = bn.mean.get(c, 0.0f);
-      scale[k] = bn.invstd(c) * bn.weight.get(c, 1.0f);
-      bias[k] = bn.bias.get(c, 0.0f);
-    }
+    for (int k = 0; k < kChannels; ++k) scale[k] *= weight[k];
   }
 
   // j: position in the thread's vector, which is all of one channel if kChannels is 1.
@@ -105,11 +121,10 @@ template <int kChannels, bool kDual>
 struct Total {
   Affine<kChannels> bn, residual_bn;
 
-  __device__ void read(const BatchNorm& own, const BatchNorm& of_residual, int64_t first_channel,
-                       int64_t channels) {
-    bn.read(own, first_channel, channels);
+  __device__ void read(const BatchNorm& own, const BatchNorm& of_residual, int64_t first) {
+    bn.read(own, first);
     if constexpr (kDual) {
-      residual_bn.read(of_residual, first_channel, channels);
+      residual_bn.read(of_residual, first);
 #pragma unroll
       for (int k = 0; k < kChannels; ++k) bn.bias[k] += residual_bn.bias[k];
     }
@@ -145,7 +160,5 @@ inline ChannelVector channel_vector(const Tensor& t) {
 inline const void* data_or_null(const OptionalTensor& t) {
   return t ? t->const_data_ptr() : nullptr;
 }
-
-inline uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
 }  // namespace resnet_fused
