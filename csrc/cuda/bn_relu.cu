@@ -43,34 +43,39 @@ struct Moments {
     a[0] = count;
   }
 
-  // Adds those of the vectors that are valid: all of them around their own mean first.
+  // Adds the vectors that are valid. Sums are taken around the mean so far, or the first value of
+  // all: what is subtracted from the sum of squares is then never nearly all of it, wherever the
+  // mean lies.
   template <class T, int kWidth, int kUnroll>
   __device__ void add(const Vector<T, kWidth> (&vectors)[kUnroll], const bool (&valid)[kUnroll]) {
-    Moments added;
+    if (count() == 0) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (!valid[u]) continue;
-      added.count() += kWidth / kChannels;
+      for (int u = kUnroll - 1; u >= 0; --u) {
+        if (!valid[u]) continue;
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        added.mean(j % kChannels) += static_cast<float>(vectors[u].values[j]);
+        for (int k = 0; k < kChannels; ++k) mean(k) = static_cast<float>(vectors[u].values[k]);
       }
     }
-    if (added.count() == 0) return;
-    const float inverse = 1 / added.count();
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) added.mean(k) *= inverse;
+    float sum[kChannels] = {}, squares[kChannels] = {};
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (!valid[u]) continue;
+      count() += kWidth / kChannels;
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         const int k = j % kChannels;
-        const float deviation = static_cast<float>(vectors[u].values[j]) - added.mean(k);
-        added.m2(k) = fmaf(deviation, deviation, added.m2(k));
+        const float difference = static_cast<float>(vectors[u].values[j]) - mean(k);
+        sum[k] += difference;
+        squares[k] = fmaf(difference, difference, squares[k]);
       }
     }
-    combine(values, added.values);
+    const float inverse = count() > 0 ? 1 / count() : 0;
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+      const float step = sum[k] * inverse;
+      mean(k) += step;
+      m2(k) += fmaf(-sum[k], step, squares[k]);
+    }
   }
 };
 
