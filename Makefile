@@ -28,7 +28,7 @@ CPP_FILES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.i
 RESOLVED := sed '/--no-deps,/,$$d' requirements-test.txt
 UNRESOLVED := sed '1,/--no-deps,/d' requirements-test.txt
 
-.PHONY: help demo test test-emulator test-emulator-asan lint bench wheel clean extension
+.PHONY: help demo test test-emulator test-emulator-asan gpu-check lint bench wheel clean extension
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.* ## ' $(MAKEFILE_LIST) | sed -E 's/:.* ## /\t/' | \
@@ -54,6 +54,9 @@ lint: $(STAMPS)/tools ## ruff, mypy, clang-format
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(SCRIPTS)/clang-format --dry-run -Werror $(CPP_FILES)
+
+gpu-check: ## on a GPU, with what is installed: PART=tests, sanitizers or benchmarks; default all
+	$(if $(wildcard $(PY)),$(PY),$(BASE_PYTHON)) tests/gpu_check.py $(addprefix --part ,$(PART)) $(ARGS)
 
 bench: $(STAMPS)/bench extension ## compare with eager, torch.compile, onnxruntime and OpenVINO
 	$(PY) benchmarks/bench_resnet.py --device cpu $(ARGS)

@@ -2,25 +2,53 @@
 
 import sys
 
-from operators import activation_bytes, benchmark
+from operators import activation_bytes, benchmark, in_training
 
 from resnet_fused.commands.cases import Case
 
 
 def moved_bytes(case: Case, mode: str) -> int:
-    """Tensors of the size of x that pass through memory.
+    """Tensors of the size of x that pass through memory, and the bits of a ReLU's mask."""
+    passed = _forward(case) if mode == "forward" else _backward(case)
+    return passed * activation_bytes(case) + _mask_bytes(case, mode)
 
-    Forward in training reads what is normalised twice (statistics, then apply) and writes out;
-    backward does its reduction and its apply over the same tensors, then writes the gradients.
+
+def _forward(case: Case) -> int:
+    """In training what is normalised is read twice: for the statistics, and to apply them."""
+    residual, dual = _residual(case)
+    reads = (2 if in_training(case) else 1) * (2 if dual else 1)
+    return reads + (residual and not dual) + 1
+
+
+def _backward(case: Case) -> int:
+    """A reduction and, in training, a pass that applies it; gradients of x and residual.
+
+    The sign of the ReLU behind a plain residual comes from a mask on a GPU, where the pass that
+    applies reads the gradient of the residual instead, and from the output on a CPU. Running
+    statistics need no second pass.
     """
-    training, residual = "training" in case.label, "residual" in case.tensors
-    dual = "residual_weight" in case.tensors
-    if mode == "forward":
-        reads = (2 if training else 1) * (2 if dual else 1) + (residual and not dual)
-        return (reads + 1) * activation_bytes(case)
-    read_per_pass = 2 + residual + dual  # grad_out and x; out for its sign; the other branch
-    passes = 2 if training else 1
-    return (passes * read_per_pass + 1 + residual) * activation_bytes(case)
+    residual, dual = _residual(case)
+    reads = 2 + dual  # grad_out, x, and the residual with its own batch norm
+    if residual and not _on_gpu(case):
+        reads += 1  # the output
+    return (2 if in_training(case) else 1) * reads + 1 + residual
+
+
+def _mask_bytes(case: Case, mode: str) -> int:
+    """One bit per element, written by the forward of whoever calls the backward later."""
+    residual, dual = _residual(case)
+    kept = mode == "backward" or in_training(case)
+    exists = _on_gpu(case) and residual and not dual and kept
+    return case.tensors["x"].numel() // 8 if exists else 0
+
+
+def _on_gpu(case: Case) -> bool:
+    return case.tensors["x"].is_cuda
+
+
+def _residual(case: Case) -> tuple[bool, bool]:
+    """Whether there is a residual, and whether it has a batch norm."""
+    return "residual" in case.tensors, "residual_weight" in case.tensors
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def _subjects() -> dict[str, dict[str, Callable[[], object]]]:
             "aten add": lambda: torch.ops.aten.add.Tensor(x, residual),
         },
         "bn_relu": {
-            "bare": lambda: native.bn_relu.default(*bn, residual, False, *no_bn, True),
+            "bare": lambda: native.bn_relu.default(*bn, residual, False, *no_bn, True, False),
             "fused": lambda: ops.bn_relu(x, weight, bias, mean, var, residual=residual),
             "aten batch_norm": lambda: F.batch_norm(x, mean, var, weight, bias),
         },

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from harness import Harness, Work, Wrong, comma_list, parser, skipped
+from harness import Harness, Work, Wrong, choices, comma_list, parser, skipped
 from plot import plot_folder
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -143,25 +143,14 @@ def _parser() -> argparse.ArgumentParser:
     result = parser(__doc__, seconds=40)
     result.add_argument("--model", default="resnet50", choices=networks.NAMES)
     result.add_argument("--size", type=int, default=224, help="height and width of the images")
-    result.add_argument("--mode", type=_choices("eval", "train"), default="eval,train")
-    result.add_argument("--dtype", type=_choices(*verify.DTYPES), default="float32,bfloat16")
+    result.add_argument("--mode", type=choices("eval", "train"), default="eval,train")
+    result.add_argument("--dtype", type=choices(*verify.DTYPES), default="float32,bfloat16")
     result.add_argument("--batch", type=comma_list, default="1,8")
     result.add_argument(
-        "--providers", type=_choices(*EVAL, "fused"), default=DEFAULT_PROVIDERS,
+        "--providers", type=choices(*EVAL, "fused"), default=DEFAULT_PROVIDERS,
         help=f"of {', '.join(EVAL)}, fused; default: {DEFAULT_PROVIDERS}",
     )  # fmt: skip
     return result
-
-
-def _choices(*allowed: str) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        chosen = comma_list(text)
-        unknown = [name for name in chosen if name not in allowed]
-        if unknown or not chosen:
-            raise argparse.ArgumentTypeError(f"must be of {', '.join(allowed)}, got {text!r}")
-        return chosen
-
-    return parse
 
 
 if __name__ == "__main__":

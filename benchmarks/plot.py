@@ -15,6 +15,9 @@ COLOURS = {
     "compile_max_autotune": "#9ecae9",
     "onnxruntime": "#b279a2",
     "openvino": "#72b7b2",
+    "cudnn": "#eeca3b",
+    "reference": "#d6a5c9",
+    "cuda": "#e45756",
     "fused": "#e45756",
 }
 Rows = list[dict[str, str]]

@@ -113,6 +113,14 @@ def is_accelerated(operator: str, x: Tensor) -> bool:
     return _is_accelerated(operator, x.device.type, x.dtype)
 
 
+def is_implemented(operator: str) -> bool:
+    """Whether the backend asked for has `operator`; True where none was asked for."""
+    if torch.compiler.is_compiling():
+        return True
+    wish = _wish or _environment()
+    return wish is None or wish in _IMPLEMENTATIONS[operator]
+
+
 @functools.cache
 def _is_accelerated(operator: str, device_type: str, dtype: torch.dtype) -> bool:
     if device_type == "cpu" and not _extension.load():

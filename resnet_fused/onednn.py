@@ -219,5 +219,5 @@ def _convolution_then_affine(
     mean, var = torch.zeros_like(scale), torch.ones_like(scale)
     affine = (y, scale, shift, mean, var, False, 0.0, 0.0)
     no_residual_bn = (False, None, None, None, None, False, 0.0, 0.0)
-    out: Tensor = native.launcher("bn_relu")(*affine, residual, *no_residual_bn, relu)[0]
+    out: Tensor = native.launcher("bn_relu")(*affine, residual, *no_residual_bn, relu, False)[0]
     return out

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import emulated_backend
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +18,15 @@ from resnet_fused import _extension, backends, native, onednn, reference
 
 PACKAGE = Path(rf.__file__).parent
 X = torch.ones(1, 2, 3, 3)
+
+
+@pytest.fixture(autouse=True)
+def _without_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backends as they come: other tests may have added one."""
+    names = tuple(name for name in backends.NAMES if name != emulated_backend.NAME)
+    monkeypatch.setattr(backends, "NAMES", names)
+    for implementations in backends._IMPLEMENTATIONS.values():
+        monkeypatch.delitem(implementations, emulated_backend.NAME, raising=False)
 
 
 def run_python(code: str, package: Path = PACKAGE, **environment: str) -> Any:

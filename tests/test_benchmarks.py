@@ -8,17 +8,24 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import emulation
 import pytest
 import torch
+from numerics import missing
 
+import resnet_fused as rf
 from resnet_fused import _extension
+from resnet_fused.commands import networks, timing
+from resnet_fused.commands.cases import Case, Shapes, cases, layer_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import bench_bn_relu  # noqa: E402
 import harness  # noqa: E402
+import operators  # noqa: E402
 import plot  # noqa: E402
 
 
@@ -72,6 +79,133 @@ def test_operator_benchmark(operator: str, run: Callable[..., Done], tmp_path: P
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
     assert all(float(row["copy_gb_per_s"]) > 0 and float(row["gb_per_s"]) > 0 for row in rows)
     assert all(bool(row["tflop_per_s"]) == (operator == "conv_bn_relu") for row in rows)
+
+
+def test_backends_and_cudnn_as_providers(run: Callable[..., Done], tmp_path: Path) -> None:
+    done = run(
+        "bench_bn_relu.py", *OPERATOR, "--dtype", "float32", "--mode", "forward",
+        "--providers", "eager,cudnn,cuda,reference",
+    )  # fmt: skip
+    assert done.status == 0, done.out + done.err
+    assert [row["provider"] for row in rows_of(tmp_path, "bn_relu")] == ["eager", "reference"]
+    assert "skipped cudnn: there is no cuDNN for these tensors" in done.err
+    assert "skipped cuda: it does not run bn_relu on cpu" in done.err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--providers", "cudn"), "must be of eager, compile, cudnn, fused"),
+        (("--dtype", "half"), "must be of float32"),
+        (("--mode", "train"), "must be of forward, backward"),
+    ],
+)
+def test_operator_benchmark_refuses(
+    option: tuple[str, str], message: str, run: Callable[..., Done]
+) -> None:
+    done = run("bench_bn_relu.py", *option)
+    assert done.status == 2
+    assert message in done.err
+
+
+def test_operator_benchmark_without_a_layer(run: Callable[..., Done]) -> None:
+    done = run("bench_add_relu.py", *OPERATOR, "--match", "no such layer")
+    assert done.status == 1
+    assert not done.out
+
+
+def test_only_cases_of_the_network_are_timed() -> None:
+    with torch.device("meta"):
+        shapes = layer_shapes(networks.build_pair("resnet50").eager, torch.empty(2, 3, 64, 64))
+    assert [shape[1] for shape in shapes.sums] == [256, 512, 1024, 2048]
+    assert set(shapes.sums) <= set(shapes.activations)
+    small = Shapes([], [(2, 3, 4, 4), (2, 5, 4, 4)], [(2, 5, 4, 4)])
+    found = cases(small, torch.float32, torch.device("cpu"), ("bn_relu", "add_relu"))
+    timed = [case for case in found if operators._occurs(case, small)]
+    with_residual = [case.label for case in timed if "residual" in case.tensors]
+    assert len(timed) - len(with_residual) == 4  # plain, in training and with frozen statistics
+    assert len(with_residual) == 5
+    assert all(label.startswith("2x5x4x4") for label in with_residual)
+
+
+SMALL = Shapes([], [(2, 64, 24, 20)], [(2, 64, 24, 20)])
+
+
+def bn_cases(device: str) -> list[Case]:
+    return list(cases(SMALL, torch.bfloat16, torch.device(device), ("bn_relu",)))
+
+
+@pytest.mark.emulator
+@pytest.mark.skipif(
+    missing("bn_relu", "emulated") is not None, reason=str(missing("bn_relu", "emulated"))
+)
+@pytest.mark.parametrize("number", range(6))
+def test_bytes_of_the_cuda_kernels(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bench_bn_relu.py says must move is what they move, values per channel left out."""
+    case = bn_cases("cpu")[number]
+    kernels = emulation.library()
+    moved: dict[str, int] = {}
+    with rf.backend("emulated"):
+        tensors = operators._inputs(case, operators.in_training(case))
+        emulation.launches(kernels)
+        case.fused(*tensors)
+        moved["forward"] = bytes_of(emulation.launches(kernels))
+        backward = operators._backward(case.fused, case)
+        emulation.launches(kernels)
+        backward()
+        moved["backward"] = bytes_of(emulation.launches(kernels))
+    monkeypatch.setattr(bench_bn_relu, "_on_gpu", lambda case: True)
+    assert moved == {mode: bench_bn_relu.moved_bytes(case, mode) for mode in moved}, case.label
+
+
+def bytes_of(launches: list[dict[str, Any]]) -> int:
+    """Activations in accesses of 16 bytes, masks in those of one; nothing else is as wide."""
+    accesses = [launch["accesses"] for launch in launches]
+    return sum(16 * by_width.get("16", 0) + by_width.get("1", 0) for by_width in accesses)
+
+
+def test_bytes_of_the_cpu_kernels() -> None:
+    """In sizes of x: the sign of a ReLU behind a residual is read from the output."""
+    passes = {
+        case.label.partition(", ")[2]: tuple(
+            bench_bn_relu.moved_bytes(case, mode) / operators.activation_bytes(case)
+            for mode in ("forward", "backward")
+        )
+        for case in bn_cases("cpu")
+    }
+    assert passes == {
+        "training": (3, 5),
+        "training, residual": (4, 8),
+        "training, residual with batch norm": (5, 10),
+        "eval": (2, 3),
+        "eval, residual": (3, 5),
+        "eval, residual with batch norm": (3, 6),
+    }
+
+
+def test_on_a_gpu_the_clock_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+    for name in ("_cuda_clock", "_cuda_kernel_clock"):
+        monkeypatch.setattr(timing, name, lambda call, repeats, n=name: used.append(n) or 1e-3)
+    timing.interleave({"a": lambda: None}, 0.0, "cuda")
+    assert set(used) == {"_cuda_clock"}
+    used.clear()
+    flushes: list[int] = []
+    timing.interleave({"a": lambda: None}, 0.0, "cuda", flush=lambda: flushes.append(1))
+    assert set(used) == {"_cuda_kernel_clock"}
+    assert len(flushes) == len(used) == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_clocks_of_a_gpu() -> None:
+    """Work of a known size on a real one: a copy takes as long by both, and not nothing."""
+    source = torch.randn(2**26, device="cuda")
+    target = torch.empty_like(source)
+    call = {"copy": lambda: target.copy_(source)}
+    plain = timing.interleave(call, 0.1, "cuda")["copy"].median_ms
+    alone = timing.interleave(call, 0.1, "cuda", flush=lambda: None)["copy"].median_ms
+    assert 0.5 < alone / plain < 2
+    assert 2 * source.nbytes / alone / 1e6 < 20_000, "GB/s that no GPU has"
 
 
 def test_resnet_benchmark(run: Callable[..., Done], tmp_path: Path) -> None:

@@ -15,14 +15,16 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_fused import models
+import resnet_fused
+from resnet_fused import _extension, backends, models, native
 from resnet_fused.__main__ import main
 from resnet_fused.commands import baselines, console, digits, doctor, networks, numerics, verify
 from resnet_fused.commands.cases import cases, layer_shapes, run_case
 from resnet_fused.commands.memory import saved_bytes
 from resnet_fused.commands.timing import interleave
 
-ROOT = Path(__file__).resolve().parent.parent
+# Where this package was imported from: an installation, or the source tree.
+ROOT = Path(resnet_fused.__file__).resolve().parent.parent
 
 
 def command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -169,6 +171,66 @@ def test_doctor_explains_what_is_missing_and_how_to_repair_it() -> None:
         "pip install triton",
     ):
         assert word in text
+
+
+def backends_of_a_machine(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None
+) -> str:
+    """What doctor says of backends with kernels for 8.0 and 9.0a and a GPU of this capability."""
+    built = {"cuda": True, "archs": ["8.0", "9.0a"]}
+    monkeypatch.setattr(_extension, "load", lambda: True)
+    monkeypatch.setattr(_extension, "build_info", lambda: built)
+    monkeypatch.setattr(native, "has_cuda_kernel", lambda name: name.startswith("bn_relu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(capability is not None))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    facts = doctor._probed(doctor._backends)
+    assert facts["error"] is None
+    return "\n".join(doctor._backend_lines(facts, built["archs"]))
+
+
+def row(text: str, operator: str) -> str:
+    (line,) = (line for line in text.splitlines() if line.split()[:1] == [operator])
+    return line
+
+
+def test_doctor_lists_cuda_kernels_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = backends_of_a_machine(monkeypatch, (8, 6))
+    assert row(text, "bn_relu_backward").endswith("  cuda, reference")
+    assert row(text, "conv_bn_relu").endswith("  reference")
+    assert "cannot run" not in text
+
+
+def test_doctor_lists_cuda_kernels_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = backends_of_a_machine(monkeypatch, None)
+    assert row(text, "bn_relu").endswith("  (cuda: built, cannot run here)")
+    assert row(text, "conv_bn_relu").endswith("  -")
+    assert text.endswith(
+        "CUDA kernels are built for 8.0, 9.0a and cannot run here: there is no CUDA device."
+    )
+
+
+def test_doctor_lists_cuda_kernels_for_other_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = backends_of_a_machine(monkeypatch, (7, 5))
+    assert row(text, "bn_relu").endswith("  reference, (cuda: built, cannot run here)")
+    assert "no code for compute capability 7.5" in text
+
+
+def test_doctor_finds_that_the_kernels_are_for_other_gpus() -> None:
+    report = doctor.examine()
+    report["gpus"] = [{"name": "Tesla T4", "driver": "580", "memory": "16 GB"}]
+    report["torch"] |= {"cuda_available": True}
+    report["extension"] = {"loaded": True, "cuda": True, "archs": ["8.0"], "error": None}
+    report["backends"]["cuda_kernels_unusable"] = "the extension has no code for 7.5"
+    text = "\n".join(" ".join(finding) for finding in doctor.diagnose(report))
+    assert "CUDA kernels for this GPU (the extension has no code for 7.5)" in text
+    assert "TORCH_CUDA_ARCH_LIST" in text
+
+
+@pytest.mark.skipif(not _extension.built_with_cuda(), reason="built without CUDA")
+def test_cuda_kernels_that_were_built() -> None:
+    native_operators = [name for name in backends.OPERATORS if not name.startswith("conv")]
+    assert [name for name in backends.OPERATORS if native.has_cuda_kernel(name)] == native_operators
 
 
 def test_doctor_survives_a_broken_probe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import check_wheel
 import pytest
+import torch
 
+from resnet_fused import _extension
 from resnet_fused._version import __version__
+from resnet_fused.commands import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPPORTED = frozenset({"75", "80", "86", "89", "90", "100", "120"})
 
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "setup.py").is_file(), reason="setup.py is not beside the tests"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not (ROOT / "setup.py").is_file(), reason="setup.py is not beside the tests"
+    ),
+    pytest.mark.skipif(
+        importlib.util.find_spec("setuptools") is None
+        or int(importlib.metadata.version("setuptools").split(".")[0]) < 77,
+        reason="building needs setuptools 77 or newer",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -303,3 +318,85 @@ def test_version_is_the_packages_own_and_needs_no_build_tools() -> None:
     done = run_setup("--version", RESNET_FUSED_BUILD="fast")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == __version__
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the source tree, without the extension."""
+    if environment.package_version("pip") is None:
+        pytest.skip("no pip to build a wheel with")
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    ignored = shutil.ignore_patterns("_C.*", "__pycache__")
+    shutil.copytree(ROOT / "resnet_fused", tree / "resnet_fused", ignore=ignored)
+    flags = ["--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", str(tree / "dist")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", *flags, str(tree)],
+        env={**os.environ, "RESNET_FUSED_BUILD": "none"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    return wheel
+
+
+class TestCheckOfWheels:
+    @pytest.fixture
+    def wheel(self, pure_wheel: Path, tmp_path: Path) -> Path:
+        """With the extension that the tests run, as it was compiled for them."""
+        if not _extension.load():
+            pytest.skip(f"the extension is not available: {_extension.error()}")
+        target = tmp_path / pure_wheel.name
+        shutil.copy(pure_wheel, target)
+        with zipfile.ZipFile(target, "a") as archive:
+            archive.write(_extension.FILE, "resnet_fused/_C.abi3.so")
+        return target
+
+    @pytest.mark.slow
+    def test_a_good_wheel(self, wheel: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert check_wheel.main([str(wheel)]) == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        assert f", torch {torch.__version__}: ok: CPU kernels (" in line
+        for arch in _extension.cuda_archs():
+            assert arch in line
+
+    def test_every_interpreter_has_its_line(
+        self, pure_wheel: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pythons = ["--python", sys.executable, "--python", "/nowhere/python"]
+        assert check_wheel.main([str(pure_wheel), *pythons]) == 1
+        first, second = capsys.readouterr().out.splitlines()
+        assert "FAILED: the extension is not loaded: this installation was built without" in first
+        assert "FAILED: /nowhere/python: [Errno 2]" in second
+
+    def test_an_extension_that_does_not_load(
+        self, pure_wheel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        target = tmp_path / "damaged.whl"
+        shutil.copy(pure_wheel, target)
+        with zipfile.ZipFile(target, "a") as archive:
+            archive.writestr("resnet_fused/_C.abi3.so", "not a library")
+        assert check_wheel.main([str(target)]) == 1
+        assert "FAILED: the extension is not loaded: it does not load" in capsys.readouterr().out
+
+    def test_another_package_is_not_mistaken_for_the_wheels(self, tmp_path: Path) -> None:
+        verdict = check_wheel.inside(tmp_path)
+        assert "not from the wheel" in verdict.broken
+        assert json.loads(json.dumps(verdict._asdict()))["torch"] == torch.__version__
+
+    def test_wrong_results_are_a_failure(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def wrong(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x + residual) * 1.01
+
+        monkeypatch.setattr("resnet_fused.commands.cases.ops.add_relu", wrong)
+        with pytest.raises(check_wheel.Broken, match=r"wrong result: Check.*add_relu"):
+            check_wheel._check_operators(torch.device("cpu"))
+
+    def test_no_wheel(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            check_wheel.main([str(tmp_path / "missing.whl")])
+        assert "missing.whl is not a wheel" in capsys.readouterr().err

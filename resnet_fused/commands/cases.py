@@ -1,6 +1,6 @@
 """The operators of a network, one case per distinct layer shape, compared with float64."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from resnet_fused.commands.numerics import Check, Subject, check
 
 EPS = 1e-5
 MOMENTUM = 0.1
+OPERATORS = ("conv_bn_relu", "bn_relu", "add_relu")
 
 
 class ConvShape(NamedTuple):
@@ -27,10 +28,14 @@ class ConvShape(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """The distinct shapes of a network's layers, in the order of the forward pass."""
+    """The distinct shapes of a network's layers, in the order of the forward pass.
+
+    sums: those of `activations` in which blocks end, where a residual is added.
+    """
 
     convolutions: list[ConvShape]
     activations: list[tuple[int, ...]]
+    sums: list[tuple[int, ...]]
 
 
 class Case(NamedTuple):
@@ -50,11 +55,18 @@ class Case(NamedTuple):
 
 
 def layer_shapes(model: nn.Module, images: Tensor) -> Shapes:
-    """Shapes seen by the convolutions and batch norms of an eager model for these images."""
+    """Shapes seen by the convolutions and batch norms of an eager model for these images.
+
+    Both may be on the device "meta".
+    """
     convolutions: dict[ConvShape, None] = {}
     activations: dict[tuple[int, ...], None] = {}
+    sums: dict[tuple[int, ...], None] = {}
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if hasattr(module, "downsample"):
+            sums[tuple(output.shape)] = None
+            return
         if isinstance(module, nn.Conv2d):
             shape = ConvShape(
                 tuple(inputs[0].shape),
@@ -71,7 +83,7 @@ def layer_shapes(model: nn.Module, images: Tensor) -> Shapes:
     hooks = [
         module.register_forward_hook(record)
         for module in model.modules()
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d)
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d) or hasattr(module, "downsample")
     ]
     try:
         with torch.no_grad():
@@ -79,7 +91,7 @@ def layer_shapes(model: nn.Module, images: Tensor) -> Shapes:
     finally:
         for hook in hooks:
             hook.remove()
-    return Shapes(list(convolutions), list(activations))
+    return Shapes(list(convolutions), list(activations), list(sums))
 
 
 def _explicit(padding: str | tuple[int, ...]) -> tuple[int, ...]:
@@ -88,20 +100,27 @@ def _explicit(padding: str | tuple[int, ...]) -> tuple[int, ...]:
     return padding
 
 
-def cases(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    """Every operator on every shape that it would meet; the same random inputs each time."""
-    generator = torch.Generator().manual_seed(0)
+def cases(
+    shapes: Shapes,
+    dtype: torch.dtype,
+    device: torch.device,
+    operators: Collection[str] = OPERATORS,
+) -> Iterator[Case]:
+    """These operators on every shape that they would meet; the same random inputs each time."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        value = torch.randn(shape, generator=generator).to(device, dtype)
+        value = torch.randn(shape, generator=generator, device=device).to(dtype)
         return value.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else value
 
-    for conv in shapes.convolutions:
+    for conv in shapes.convolutions if "conv_bn_relu" in operators else ():
         yield from _conv_cases(conv, random)
     for shape in shapes.activations:
-        yield from _bn_cases(shape, random)
-        tensors = {"x": random(*shape), "residual": random(*shape)}
-        yield Case("add_relu", _label(shape), ops.add_relu, torch.add, tensors)
+        if "bn_relu" in operators:
+            yield from _bn_cases(shape, random)
+        if "add_relu" in operators:
+            tensors = {"x": random(*shape), "residual": random(*shape)}
+            yield Case("add_relu", _label(shape), ops.add_relu, torch.add, tensors)
 
 
 def run_case(case: Case, dtype: torch.dtype) -> list[Check]:
@@ -119,8 +138,8 @@ def run_case(case: Case, dtype: torch.dtype) -> list[Check]:
     checks += [
         check(subject, name, actual[name], eager[name], exact[name]) for name in case.updated
     ]
-    generator = torch.Generator().manual_seed(1)
-    grad_out = torch.randn(out.shape, generator=generator).to(out)
+    generator = torch.Generator(out.device).manual_seed(1)
+    grad_out = torch.randn(out.shape, generator=generator, device=out.device).to(out)
     grads = _gradients(out, actual, grad_out)
     eager_grads = _gradients(eager_out, eager, grad_out)
     # A sum within one rounding of zero has a sign that rounding decides: each implementation is

@@ -4,6 +4,7 @@ Always prints, whatever is broken; exits with 1 only if not even the slow path c
 """
 
 import argparse
+import functools
 import json
 import platform
 import sys
@@ -145,6 +146,16 @@ def _gpu_findings(
                 f"CUDA_HOME=/usr/local/cuda RESNET_FUSED_BUILD=cuda {SOURCE} (in a source tree)",
             )
         )
+    why = report["backends"].get("cuda_kernels_unusable")
+    if extension.get("cuda") and report["torch"].get("cuda_available") and why:
+        found.append(
+            Finding(
+                f"CUDA kernels for this GPU ({why})",
+                f"on the {gpus[0]['name']} fused layers run in plain PyTorch",
+                f"TORCH_CUDA_ARCH_LIST=<compute capability> RESNET_FUSED_BUILD=cuda {SOURCE}"
+                " (in a source tree)",
+            )
+        )
     if report["triton"].get("error"):
         found.append(
             Finding(
@@ -222,39 +233,56 @@ def _triton() -> dict[str, Any]:
 
 
 def _backends() -> dict[str, Any]:
+    """Per device type and operator the backends that run here; on "cuda" none without a GPU.
+
+    cuda_kernels: operators that the extension has CUDA kernels of, whether or not they can run.
+    cuda_kernels_unusable: why they cannot, or None.
+    """
     import torch
 
-    from resnet_fused import backends
+    from resnet_fused import backends, native
 
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    available = torch.cuda.is_available()
     return {
-        device: {operator: backends.available(operator, device) for operator in backends.OPERATORS}
-        for device in devices
+        "cpu": {name: backends.available(name, "cpu") for name in backends.OPERATORS},
+        "cuda": {
+            name: backends.available(name, "cuda") if available else []
+            for name in backends.OPERATORS
+        },
+        "cuda_kernels": [name for name in backends.OPERATORS if native.has_cuda_kernel(name)],
+        "cuda_kernels_unusable": native.unsupported_on_cuda("cuda", torch.float32)
+        if available
+        else "there is no CUDA device",
     }
 
 
 def _computes() -> dict[str, Any]:
+    import torch
+
     from resnet_fused import backends
 
     with backends.backend("reference"):
-        _check_operators()
+        _check_operators("cpu")
     # The backends of choice may be broken, say by an extension of another version.
-    _, error = attempt(_check_operators)
-    return {"ok": True, "default_error": error}
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        _, error = attempt(functools.partial(_check_operators, device))
+        if error:
+            return {"ok": True, "default_error": f"on {device}: {error}"}
+    return {"ok": True, "default_error": None}
 
 
-def _check_operators() -> None:
+def _check_operators(device: str) -> None:
     import torch
 
     from resnet_fused import ops
 
-    x = torch.ones(1, 2, 3, 3)
-    one, zero = torch.ones(2), torch.zeros(2)
+    x = torch.ones(1, 2, 3, 3, device=device)
+    one, zero = x.new_ones(2), x.new_zeros(2)
     with torch.no_grad():
         results = {
             "add_relu": (ops.add_relu(x, x), 2),
             "bn_relu": (ops.bn_relu(x, one, one, zero, one, residual=x, eps=0.0), 3),
-            "conv_bn_relu": (ops.conv_bn_relu(x, torch.ones(2, 2, 1, 1), one, zero), 2),
+            "conv_bn_relu": (ops.conv_bn_relu(x, x.new_ones(2, 2, 1, 1), one, zero), 2),
         }
     wrong = [name for name, (out, value) in results.items() if not torch.equal(out, x * value)]
     if wrong:
@@ -281,7 +309,7 @@ def _text(report: dict[str, Any], findings: list[Finding]) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {text}" for name, text in rows]
-    lines += ["", *_backend_lines(report["backends"]), ""]
+    lines += ["", *_backend_lines(report["backends"], extension.get("archs", [])), ""]
     if not findings:
         return "\n".join([*lines, "Nothing is missing."])
     for number, finding in enumerate(findings, 1):
@@ -324,13 +352,17 @@ def _cpu_text(cpu: dict[str, Any]) -> str:
     return f"{text}; {cpu['threads']} threads, {onednn}"
 
 
-def _backend_lines(backends: dict[str, Any]) -> list[str]:
-    if backends["error"]:
-        return [f"backends: cannot be listed: {backends['error']}"]
-    rows = [
-        (operator, device, ", ".join(names))
-        for device, operators in backends.items()
-        if device != "error"
-        for operator, names in operators.items()
-    ]
-    return [table(("operator", "device", "backends (first is used)"), rows)]
+def _backend_lines(report: dict[str, Any], archs: list[str]) -> list[str]:
+    if report["error"]:
+        return [f"backends: cannot be listed: {report['error']}"]
+    kernels, why = report["cuda_kernels"], report["cuda_kernels_unusable"]
+    rows = []
+    for operator, on_cpu in report["cpu"].items():
+        on_cuda = list(report["cuda"][operator])
+        if why and operator in kernels:
+            on_cuda.append("(cuda: built, cannot run here)")
+        rows.append((operator, ", ".join(on_cpu), ", ".join(on_cuda) or "-"))
+    lines = [table(("operator", "on cpu (first is used)", "on cuda (first is used)"), rows)]
+    if why and kernels:
+        lines += ["", f"CUDA kernels are built for {', '.join(archs)} and cannot run here: {why}."]
+    return lines

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 
 SHORTEST_SAMPLE_S = 1e-3  # a clock of some tens of nanoseconds is exact enough for this
+# How long a GPU is kept busy, in its cycles, while the host queues one call: 1 to 2 ms.
+HOLD_CYCLES = 2_000_000
 
 
 class Timing(NamedTuple):
@@ -35,11 +37,14 @@ def interleave(
     """Time each provider for about `seconds` in total, all of them turn by turn.
 
     flush: called before each sample, outside the clock (to empty the caches). A sample repeats a
-    call that is too short for the clock, unless `flush` is given. The first provider is the
-    baseline of `speedup`: the median over rounds of its time divided by the provider's time in
-    that same round.
+    call that is too short for the clock, unless `flush` is given. On a GPU the clock is its own
+    (events), and with `flush` it starts when the host has queued the whole call, so that it shows
+    the kernels alone; without, it shows whatever takes longer, host or GPU. The first provider is
+    the baseline of `speedup`: the median over rounds of its time divided by the provider's time
+    in that same round.
     """
-    clock = _cuda_clock if torch.device(device).type == "cuda" else _cpu_clock
+    on_gpu = torch.device(device).type == "cuda"
+    clock = _cpu_clock if not on_gpu else _cuda_kernel_clock if flush else _cuda_clock
     for call in providers.values():
         for _ in range(warm_up):
             call()
@@ -71,8 +76,18 @@ def _cpu_clock(call: Callable[[], object], repeats: int) -> float:
 
 
 def _cuda_clock(call: Callable[[], object], repeats: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    return _between_events(call, repeats)
+
+
+def _cuda_kernel_clock(call: Callable[[], object], repeats: int) -> float:
+    torch.cuda.synchronize()
+    torch.cuda._sleep(HOLD_CYCLES)
+    return _between_events(call, repeats)
+
+
+def _between_events(call: Callable[[], object], repeats: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(repeats):
         call()

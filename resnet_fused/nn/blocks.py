@@ -73,7 +73,7 @@ def residual_forward(
         return _pair_forward(z, last, x)
     if projection is None:
         return _pair_forward(z, last, downsample(x))
-    if _is_live(last[1]) or _is_live(projection[1]):
+    if not _folds(x) or _is_live(last[1]) or _is_live(projection[1]):
         y, y_shortcut = _convolve(z, last[0]), _convolve(x, projection[0])
         return bn_relu(
             *(y, *batch_norm_args(last[1])),
@@ -104,6 +104,15 @@ def _applies(x: Tensor) -> bool:
     return x.dim() == 4 and backends.is_accelerated("bn_relu", x) and calls_are_plain()
 
 
+def _folds(x: Tensor) -> bool:
+    """Whether a convolution can take a folded normalisation, residual and ReLU along.
+
+    Else they are one pass over its output.
+    """
+    name = "conv_bn_relu"
+    return backends.is_implemented(name) and backends.is_accelerated(name, x)
+
+
 def _is_live(bn: BatchNorm) -> bool:
     """Whether `bn` must see the convolution's output: to normalise by it, or for a gradient.
 
@@ -124,7 +133,7 @@ def _pair_forward(
     reuse_residual: bool = False,
 ) -> Tensor:
     conv, bn = pair
-    if _is_live(bn):
+    if not _folds(x) or _is_live(bn):
         y = _convolve(x, conv)
         if residual is not None:
             residual = residual.to(y.dtype)  # as in `out += identity`

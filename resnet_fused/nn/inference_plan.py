@@ -126,6 +126,7 @@ def _applies(x: Tensor) -> bool:
         and memory_format(x) is torch.channels_last
         and x.is_contiguous(memory_format=torch.channels_last)
         and onednn.runs(_dtype(x), x.numel())
+        and backends.is_implemented("conv_bn_relu")
         and backends.choose("conv_bn_relu", x) is onednn.conv_bn_relu
         and calls_are_plain()
     )

@@ -1,0 +1,115 @@
+"""The CUDA kernels alone: inputs are copied from the host, results are compared there.
+
+Nothing else runs on the GPU, so that a sanitizer has only these kernels to look at, and every byte
+that they read has been written by a copy or by one of them: see gpu_check.py.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from numerics import LAYOUTS, Case, assert_as_accurate_as_eager, device_of, grid, normal
+from torch import Tensor
+
+from resnet_fused import backends, reference
+
+# In one block, with rests that fill no vector; in several, whose results must meet.
+SHAPES = ((2, 13, 5, 3), (3, 24, 40, 25))
+KINDS = ("plain", "residual", "dual")
+EITHER = ("cuda", "emulated")
+
+
+def cases(operator: str) -> list[Any]:
+    """Those of the CUDA kernels, on a GPU and emulated."""
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    return [p for p in grid(operator, SHAPES, dtypes) if p.values[0].backend in EITHER]
+
+
+def run(case: Case, operator: str, *arguments: Any) -> Any:
+    device = device_of(case.backend)
+    moved = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
+    kernel = backends._IMPLEMENTATIONS[operator][case.backend].resolve()
+    return kernel(*moved)
+
+
+def activations(case: Case) -> list[Tensor]:
+    """Three of them, on the host."""
+    return [LAYOUTS[case.layout][0](normal(case.shape, i).to(case.dtype)) for i in range(3)]
+
+
+def vectors(channels: int, seed: int) -> list[Tensor]:
+    """weight, bias, running_mean, running_var: (C,)."""
+    values = [normal((channels,), seed + i, torch.float32) for i in range(4)]
+    return [*values[:3], values[3].abs() + 0.5]
+
+
+def compare(
+    actual: tuple[Tensor, ...], eager: tuple[Tensor, ...], exact: tuple[Tensor, ...]
+) -> None:
+    for i, (ours, theirs, truth) in enumerate(zip(actual, eager, exact, strict=True)):
+        if theirs.is_floating_point():
+            assert_as_accurate_as_eager(ours.cpu(), theirs, truth.double(), f"result {i}")
+
+
+def doubled(tensor: Any) -> Any:
+    floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
+    return tensor.double() if floating else tensor
+
+
+@pytest.mark.parametrize("case", cases("add_relu"))
+def test_add_relu(case: Case) -> None:
+    x, residual, grad_out = activations(case)
+    out = run(case, "add_relu", x, residual)
+    expected = torch.relu(x + residual)
+    compare((out,), (expected,), (torch.relu(x.double() + residual.double()),))
+    grad = run(case, "add_relu_backward", grad_out, out)
+    assert torch.equal(grad.cpu(), grad_out * (out.cpu() > 0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", cases("bn_relu"))
+def test_bn_relu(case: Case, training: bool, kind: str) -> None:
+    x, residual, grad_out = activations(case)
+    own, other = vectors(case.shape[1], 3), vectors(case.shape[1], 7)
+    has_residual, dual = kind != "plain", kind == "dual"
+    bn, no_bn = (training, 0.3, 1e-3), (None, None, None, None, False, 0.1, 1e-5)
+    forward = (
+        *(x, *own, *bn, residual if has_residual else None, dual),
+        *((*other, *bn) if dual else no_bn),
+        *(True, kind == "residual"),
+    )
+    out, mean, invstd, residual_mean, residual_invstd, mask = results = run(
+        case, "bn_relu", *clones(forward)
+    )
+    # The mask has a layout of its own where the reference works in another: not compared here, but
+    # by the gradients that it decides.
+    eager = reference.bn_relu(*clones(forward))
+    compare(results[:5], eager[:5], reference.bn_relu(*map(doubled, clones(forward)))[:5])
+    backward = (
+        *(grad_out, x, None, mask if kind == "residual" else None, *own[:2], mean, invstd),
+        *(training, has_residual, residual if dual else None, dual),
+        *(other[:2] if dual else (None, None)),
+        *((residual_mean, residual_invstd) if dual else (None, None)),
+        *(training, True),
+    )
+    grads = run(case, "bn_relu_backward", *backward)
+    # The same signs of the ReLU for all: those of our own output.
+    given = [tensor.cpu() if isinstance(tensor, Tensor) else tensor for tensor in backward]
+    given[2:4] = out.cpu(), None
+    exact = reference.bn_relu_backward(*map(doubled, given))
+    compare(grads, reference.bn_relu_backward(*given), exact)
+
+
+def clones(arguments: tuple[Any, ...]) -> list[Any]:
+    """Each call updates the running statistics that it was given."""
+    return [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+
+
+@pytest.mark.parametrize("case", cases("bn_relu_apply"))
+def test_bn_relu_apply(case: Case) -> None:
+    x = activations(case)[0]
+    arguments = x, *vectors(x.size(1), 1), True
+    out = run(case, "bn_relu_apply", *arguments)
+    exact = reference.bn_relu_apply(*map(doubled, arguments))
+    compare((out,), (reference.bn_relu_apply(*arguments),), (exact,))
