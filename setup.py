@@ -20,6 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -324,9 +325,12 @@ class NativeBuild(build_ext):
         library = Path(self.get_ext_fullpath(ext.name)).absolute()
         command = self.link_command(objects.values(), library)
         link = Job(f"linking {library.name}", library, temp / f"{library.name}.command", command)
+        began = time.monotonic()
         try:
             run_jobs([job for job in jobs if job.is_stale()], worker_count(dict(os.environ)))
-            run_jobs([link] if link.is_stale() else [], workers=1)
+            if link.is_stale():
+                run_jobs([link], workers=1)
+                report(library, time.monotonic() - began)
         except BuildConfigError as error:
             raise SystemExit(f"resnet_fused: {error}.") from error
 
@@ -415,6 +419,13 @@ def run_jobs(jobs: list[Job], workers: int) -> None:
             future.cancel()
         for future in done:
             future.result()
+
+
+def report(library: Path, seconds: float) -> None:
+    megabytes = library.stat().st_size / 1e6
+    print(
+        f"resnet_fused: {library.name} has {megabytes:.1f} MB, made in {seconds:.0f} s", flush=True
+    )
 
 
 def sources(config: BuildConfig) -> list[str]:

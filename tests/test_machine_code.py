@@ -57,7 +57,7 @@ EXPECTED: dict[tuple[str, tuple[str, ...]], Accesses] = {
     ("elementwise_kernel", ("AddRelu",)): Accesses(4, 2),
     ("elementwise_kernel", ("ReluMask",)): Accesses(4, 2),
     ("statistics_kernel", ()): Accesses(4, 0),
-    ("apply_kernel", ("0", "b0")): Accesses(2, 2),
+    ("apply_kernel", ("0", "b0")): Accesses(4, 4),
     ("apply_kernel", ("1", "b0")): Accesses(4, 2),
     ("apply_kernel", ("1", "b1")): Accesses(4, 2),
     ("apply_kernel", ("2", "b0")): Accesses(4, 2),

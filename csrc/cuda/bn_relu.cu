@@ -13,10 +13,12 @@
 namespace resnet_fused {
 namespace {
 
-// ---- Statistics: reads x once; 1 read of sizeof(T) per element ----
+// ---- Statistics ----
+// Reads x, sizeof(T) per element.
 
 // One wave: every block leaves partial results behind.
-constexpr Spread kStatisticsSpread = {16, 4, 2, 1, 2};
+constexpr Spread kStatisticsSpread = {
+    .max_lanes = 16, .unroll = 4, .resident_blocks = 2, .waves = 1, .min_tiles = 2};
 
 // Count, mean and sum of squared deviations from the mean (M2), of each channel of a thread. Chan,
 // Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances",
@@ -177,9 +179,17 @@ __global__ void __launch_bounds__(kThreads, kStatisticsSpread.resident_blocks)
   if (writes) branch.write(first, moments);
 }
 
-// ---- Apply: reads x (and the residual) and writes out; sizeof(T) each, and 1 bit of mask ----
+// ---- Apply ----
+// Reads x (and the residual) and writes out, sizeof(T) each per element, and 1 bit of mask.
 
-constexpr Spread kApplySpread = {32, 2, 2, 4, 1};
+// As many loads in flight whether there are two tensors to read or one.
+constexpr Spread apply_spread(bool has_residual) {
+  return {.max_lanes = 32,
+          .unroll = has_residual ? 2 : 4,
+          .resident_blocks = 2,
+          .waves = 4,
+          .min_tiles = 1};
+}
 
 struct ApplyArguments {
   const void *x, *residual;
@@ -221,10 +231,11 @@ __device__ inline void store_mask(uint8_t* mask, int64_t byte, int shift, unsign
 }
 
 template <class T, class Layout, Residual kResidual, bool kSaveMask>
-__global__ void __launch_bounds__(kThreads, kApplySpread.resident_blocks)
+__global__ void __launch_bounds__(kThreads,
+                                  apply_spread(kResidual != Residual::kNone).resident_blocks)
     apply_kernel(const __grid_constant__ Extent extent, const __grid_constant__ ApplyArguments a) {
   constexpr int kChannels = Layout::kChannels, kWidth = Layout::kWidth;
-  constexpr int kUnroll = kApplySpread.unroll;
+  constexpr int kUnroll = apply_spread(kResidual != Residual::kNone).unroll;
   const int64_t first = Layout::first_channel();
   constexpr bool kDual = kResidual == Residual::kBatchNorm;
   Total<kChannels, kDual> total_of;
@@ -304,8 +315,8 @@ Statistics check_branch(const char* op, const Tensor& x, const BatchNormTensors&
   Statistics result{allocate_vector(x, x.size(1), float32), allocate_vector(x, x.size(1), float32),
                     BatchNorm{mean, var, true, eps, weight, bias}};
   if (bn.training) {
-    result.bn.mean = channel_vector(result.mean);
-    result.bn.invstd_or_var = channel_vector(result.invstd);
+    result.bn.mean = mutable_channel_vector(result.mean);
+    result.bn.invstd_or_var = mutable_channel_vector(result.invstd);
     result.bn.has_variance = false;
   }
   return result;
@@ -316,8 +327,8 @@ StatisticsBranch branch_of(const Tensor& x, const BatchNormTensors& bn, const St
   branch.x = x.const_data_ptr();
   branch.mean = static_cast<float*>(s.mean.mutable_data_ptr());
   branch.invstd = static_cast<float*>(s.invstd.mutable_data_ptr());
-  branch.running_mean = channel_vector("bn_relu", "running_mean", bn.running_mean, x);
-  branch.running_var = channel_vector("bn_relu", "running_var", bn.running_var, x);
+  branch.running_mean = mutable_channel_vector(bn.running_mean);
+  branch.running_var = mutable_channel_vector(bn.running_var);
   branch.momentum = static_cast<float>(bn.momentum);
   branch.eps = static_cast<float>(bn.eps);
   return branch;
@@ -348,7 +359,8 @@ void launch_statistics(const char* op, const Tensor& x, const Activation& activa
 
 void launch_apply(const char* op, const Tensor& x, const Activation& activation, Residual residual,
                   const ApplyArguments& arguments, cudaStream_t stream) {
-  const LaunchShape shape(activation, kApplySpread, x.get_device_index());
+  const LaunchShape shape(activation, apply_spread(residual != Residual::kNone),
+                          x.get_device_index());
   if (shape.extent.channels == 0) return;
   dispatch_activation(op, x, activation, [&](auto element, auto layout) {
     using T = decltype(element);

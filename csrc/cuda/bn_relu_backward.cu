@@ -60,7 +60,11 @@ struct BackwardArguments {
 // One wave: every block leaves partial results behind. A thread with two batch norms has twice the
 // values per channel in registers, and with their gradients too many for a second block.
 constexpr Spread reduction_spread(bool dual, bool with_gradients) {
-  return {16, dual ? 1 : 2, dual && with_gradients ? 1 : 2, 1, 2};
+  return {.max_lanes = 16,
+          .unroll = dual ? 1 : 2,
+          .resident_blocks = dual && with_gradients ? 1 : 2,
+          .waves = 1,
+          .min_tiles = 2};
 }
 
 template <class T, class Layout, Residual kResidual, bool kWithGradients>
@@ -170,7 +174,13 @@ __global__ void __launch_bounds__(
 // Reads grad_out and x and writes grad_x, sizeof(T) each per element; with a batch norm of the
 // residual it reads that too and writes its gradient.
 
-constexpr Spread gradients_spread(bool dual) { return {32, 2, dual ? 1 : 2, dual ? 8 : 4, 1}; }
+constexpr Spread gradients_spread(bool dual) {
+  return {.max_lanes = 32,
+          .unroll = 2,
+          .resident_blocks = dual ? 1 : 2,
+          .waves = dual ? 8 : 4,
+          .min_tiles = 1};
+}
 
 // dy to the gradient of the input of one batch norm, for the channels of one thread.
 template <int kChannels>
@@ -359,8 +369,8 @@ BackwardResult bn_relu_backward_cuda(
                  channel_vector(op, p + "weight", branch_weight, x),
                  channel_vector(op, p + "bias", branch_bias, x)};
     result.training = branch_training;
-    result.grad_weight = channel_vector(branch_grad_weight);
-    result.grad_bias = channel_vector(branch_grad_bias);
+    result.grad_weight = mutable_channel_vector(branch_grad_weight);
+    result.grad_bias = mutable_channel_vector(branch_grad_bias);
     return result;
   };
   a.own = branch("", mean, invstd, weight, bias, training, grad_weight, grad_bias);

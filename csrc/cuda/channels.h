@@ -141,20 +141,27 @@ struct Total {
 
 // ---- Host ----
 
+inline void check_channels(const char* op, const std::string& name, const Tensor& t,
+                           const Tensor& x) {
+  RESNET_FUSED_CHECK(t.device() == x.device(), op, ": ", name, " must be on the device of x");
+  RESNET_FUSED_CHECK(t.dim() == 1 && t.size(0) == x.size(1), op, ": ", name,
+                     " must have one value for each channel of x, shape (", x.size(1),
+                     ",), got shape ", to_string(t.sizes()));
+  dispatch_floating(op, name.c_str(), t.scalar_type(), [](auto) {});
+}
+
+// To be read only.
 inline ChannelVector channel_vector(const char* op, const std::string& name,
                                     const OptionalTensor& t, const Tensor& x) {
   if (!t) return {};
-  RESNET_FUSED_CHECK(t->device() == x.device(), op, ": ", name, " must be on the device of x");
-  RESNET_FUSED_CHECK(t->dim() == 1 && t->size(0) == x.size(1), op, ": ", name,
-                     " must have one value for each channel of x, shape (", x.size(1),
-                     ",), got shape ", to_string(t->sizes()));
-  const ScalarType dtype = t->scalar_type();
-  dispatch_floating(op, name.c_str(), dtype, [](auto) {});
-  return {t->mutable_data_ptr(), t->stride(0), dtype};
+  check_channels(op, name, *t, x);
+  return {const_cast<void*>(t->const_data_ptr()), t->stride(0), t->scalar_type()};
 }
 
-inline ChannelVector channel_vector(const Tensor& t) {
-  return {t.mutable_data_ptr(), 1, t.scalar_type()};
+// To be written as well.
+inline ChannelVector mutable_channel_vector(const OptionalTensor& t) {
+  if (!t) return {};
+  return {t->mutable_data_ptr(), t->stride(0), t->scalar_type()};
 }
 
 inline const void* data_or_null(const OptionalTensor& t) {
