@@ -195,6 +195,18 @@ class Walk<Nchw<kWidth>, kUnroll, kBackwards> {
   int64_t image_[kUnroll], row_[kUnroll];
 };
 
+// The rows of a tile that are valid; the others are left as they are.
+template <class T, int kWidth, int kUnroll, class AnyWalk>
+__device__ inline void load_tile(const void* p, const AnyWalk& walk,
+                                 Vector<T, kWidth> (&vectors)[kUnroll]) {
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    if (walk.valid(u)) {
+      vectors[u] = load(vector_at<kWidth>(static_cast<const T*>(p), walk.element(u)));
+    }
+  }
+}
+
 // ---- Host ----
 
 inline Tensor allocate_like(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,

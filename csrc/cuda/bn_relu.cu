@@ -45,15 +45,15 @@ struct Moments {
     a[0] = count;
   }
 
-  // Adds the vectors that are valid. Sums are taken around the mean so far, or the first value of
-  // all: what is subtracted from the sum of squares is then never nearly all of it, wherever the
-  // mean lies.
-  template <class T, int kWidth, int kUnroll>
-  __device__ void add(const Vector<T, kWidth> (&vectors)[kUnroll], const bool (&valid)[kUnroll]) {
+  // Adds the rows of a tile that are valid. Sums are taken around the mean so far, or the first
+  // value of all: what is subtracted from the sum of squares is then never nearly all of it,
+  // wherever the mean lies.
+  template <class T, int kWidth, int kUnroll, class AnyWalk>
+  __device__ void add(const Vector<T, kWidth> (&vectors)[kUnroll], const AnyWalk& walk) {
     if (count() == 0) {
 #pragma unroll
       for (int u = kUnroll - 1; u >= 0; --u) {
-        if (!valid[u]) continue;
+        if (!walk.valid(u)) continue;
 #pragma unroll
         for (int k = 0; k < kChannels; ++k) mean(k) = static_cast<float>(vectors[u].values[k]);
       }
@@ -61,7 +61,7 @@ struct Moments {
     float sum[kChannels] = {}, squares[kChannels] = {};
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (!valid[u]) continue;
+      if (!walk.valid(u)) continue;
       count() += kWidth / kChannels;
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
@@ -132,18 +132,12 @@ __global__ void __launch_bounds__(kThreads, kStatisticsSpread.resident_blocks)
   RESNET_FUSED_SHARED(float, shared, reduction_size(M::kValues));
   RESNET_FUSED_SHARED(unsigned, flag, 1);
   const StatisticsBranch& branch = blockIdx.z == 0 ? own : of_residual;
-  const T* x = static_cast<const T*>(branch.x);
 
   M moments;
   for (Walk<Layout, kUnroll, false> walk(extent); walk.inside(); walk.next()) {
     Vector<T, kWidth> vectors[kUnroll];
-    bool valid[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      valid[u] = walk.valid(u);
-      if (valid[u]) vectors[u] = load(vector_at<kWidth>(x, walk.element(u)));
-    }
-    moments.add(vectors, valid);
+    load_tile(branch.x, walk, vectors);
+    moments.add(vectors, walk);
   }
   reduce_rows(moments.values, shared, M::combine);
 
@@ -248,14 +242,8 @@ __global__ void __launch_bounds__(kThreads,
   }
   for (Walk<Layout, kUnroll, true> walk(extent); walk.inside(); walk.next()) {
     Vector<T, kWidth> x[kUnroll], residual[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (!walk.valid(u)) continue;
-      x[u] = load(vector_at<kWidth>(static_cast<const T*>(a.x), walk.element(u)));
-      if constexpr (kResidual != Residual::kNone) {
-        residual[u] = load(vector_at<kWidth>(static_cast<const T*>(a.residual), walk.element(u)));
-      }
-    }
+    load_tile(a.x, walk, x);
+    if constexpr (kResidual != Residual::kNone) load_tile(a.residual, walk, residual);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       unsigned bits = 0;

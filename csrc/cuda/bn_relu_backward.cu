@@ -86,17 +86,17 @@ __global__ void __launch_bounds__(
   float sums[kValues] = {};  // of dy, of dy * xc, of dy * rc, each for all channels
   for (Walk<Layout, kUnroll, false> walk(extent); walk.inside(); walk.next()) {
     Vector<T, kWidth> grad_out[kUnroll], x[kUnroll], residual[kUnroll];
+    load_tile(a.grad_out, walk, grad_out);
+    load_tile(a.x, walk, x);
+    if constexpr (kDual) load_tile(a.residual, walk, residual);
     unsigned bits[kUnroll];
+    if constexpr (kPlain) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (!walk.valid(u)) continue;
-      grad_out[u] = load(vector_at<kWidth>(static_cast<const T*>(a.grad_out), walk.element(u)));
-      x[u] = load(vector_at<kWidth>(static_cast<const T*>(a.x), walk.element(u)));
-      if constexpr (kDual) {
-        residual[u] = load(vector_at<kWidth>(static_cast<const T*>(a.residual), walk.element(u)));
-      }
-      if constexpr (kPlain) {
-        bits[u] = a.relu ? load(a.mask + walk.mask_byte(u)) >> walk.mask_shift(u) : ~0u;
+      for (int u = 0; u < kUnroll; ++u) {
+        bits[u] = ~0u;
+        if (a.relu && walk.valid(u)) {
+          bits[u] = load(a.mask + walk.mask_byte(u)) >> walk.mask_shift(u);
+        }
       }
     }
 #pragma unroll
@@ -216,15 +216,9 @@ __global__ void __launch_bounds__(kThreads, gradients_spread(kDual).resident_blo
   }
   for (Walk<Layout, kUnroll, true> walk(extent); walk.inside(); walk.next()) {
     Vector<T, kWidth> grad_out[kUnroll], x[kUnroll], residual[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (!walk.valid(u)) continue;
-      grad_out[u] = load(vector_at<kWidth>(static_cast<const T*>(a.grad_out), walk.element(u)));
-      x[u] = load(vector_at<kWidth>(static_cast<const T*>(a.x), walk.element(u)));
-      if constexpr (kDual) {
-        residual[u] = load(vector_at<kWidth>(static_cast<const T*>(a.residual), walk.element(u)));
-      }
-    }
+    load_tile(a.grad_out, walk, grad_out);
+    load_tile(a.x, walk, x);
+    if constexpr (kDual) load_tile(a.residual, walk, residual);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (!walk.valid(u)) continue;
