@@ -7,6 +7,7 @@ the emulator is one more backend.
 from __future__ import annotations
 
 import copy
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterator
@@ -171,6 +172,9 @@ def test_every_activation_moves_as_often_as_promised(
         per_channel = {4} | ({access} if access == 4 else set())
         if access != 4:
             assert accesses[str(access)] == tensors // access, moved
+        else:  # each thread also reads what is per channel of one channel
+            threads = math.prod(launch["grid"]) * math.prod(launch["block"])
+            assert 0 <= accesses["4"] - tensors // 4 <= 12 * threads, moved
         assert {int(width) for width in accesses} <= {access, *per_channel, 1}
         # ... and all that is written: statistics, parameters' gradients and what blocks leave to
         # the last of them are little beside it.
