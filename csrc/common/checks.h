@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -18,6 +19,11 @@
 namespace resnet_fused {
 
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline const void* data_or_null(const OptionalTensor& t) {
+  return t ? t->const_data_ptr() : nullptr;
+}
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {

@@ -45,16 +45,4 @@ void dispatch_up_to_float32(const char* op, const char* argument, ScalarType dty
   }
 }
 
-// Arithmetic between elements of T: float32, and float64 for float64.
-template <class T>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
-template <class T>
-using accumulate_t = typename Accumulate<T>::type;
-
 }  // namespace resnet_fused

@@ -16,8 +16,6 @@
 
 namespace resnet_fused::cpu {
 
-using OptionalTensor = std::optional<Tensor>;
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Elements that make up for waking another thread.
@@ -59,10 +57,6 @@ inline void check_4d(const char* op, const char* name, const Tensor& x) {
                   to_string(x.sizes()));
   STD_TORCH_CHECK(x.is_cpu(), op, ": ", name, " must be on the CPU (move it there)");
   check_dense(op, name, x);
-}
-
-inline const void* data_or_null(const OptionalTensor& t) {
-  return t ? t->const_data_ptr() : nullptr;
 }
 
 inline void check_channels(const char* op, const char* name, const Tensor& t, int64_t channels) {

@@ -255,8 +255,6 @@ struct Activation {
     extent.rows = extent.images * (channels_last ? extent.plane : extent.plane_rows);
   }
 
-  bool is_empty() const { return extent.images * extent.channels * extent.plane == 0; }
-
   int64_t values_per_channel() const { return extent.images * extent.plane; }
 
   // Shape of the mask: runs and the bytes of each.
@@ -286,7 +284,8 @@ struct LaunchShape {
         activation.channels_last ? ceil_div(groups, static_cast<int64_t>(lanes)) : groups;
     const int64_t blocks =
         static_cast<int64_t>(multiprocessor_count(device)) * spread.resident_blocks * spread.waves;
-    const int64_t splits = std::min({ceil_div(blocks, std::max<int64_t>(columns, 1)),
+    // Rounded down: a block more than a wave takes would be a second wave.
+    const int64_t splits = std::min({blocks / std::max<int64_t>(columns, 1),
                                      ceil_div(extent.tiles, spread.min_tiles), int64_t{65535}});
     grid =
         dim3(static_cast<unsigned>(columns), static_cast<unsigned>(std::max<int64_t>(splits, 1)));

@@ -2,15 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <type_traits>
 
 #include "cuda/activation.h"
 
 namespace resnet_fused {
-
-using OptionalTensor = std::optional<Tensor>;
 
 // A (C,) tensor of any floating dtype and stride; without data every value is missing.
 struct ChannelVector {
@@ -162,10 +159,6 @@ inline ChannelVector channel_vector(const char* op, const std::string& name,
 inline ChannelVector mutable_channel_vector(const OptionalTensor& t) {
   if (!t) return {};
   return {t->mutable_data_ptr(), t->stride(0), t->scalar_type()};
-}
-
-inline const void* data_or_null(const OptionalTensor& t) {
-  return t ? t->const_data_ptr() : nullptr;
 }
 
 }  // namespace resnet_fused
