@@ -277,6 +277,16 @@ def test_results_do_not_depend_on_the_order_of_blocks_warps_and_lanes(
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)), seed
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_channels(emulated: Any, kind: Kind, training: bool) -> None:
+    given = Given.draw((2, 0, 3, 3), torch.float32, "nchw")
+    outputs = forward(emulated, given, kind, training)
+    results = *outputs, *backward(emulated, given, kind, outputs, training)
+    assert outputs[0].shape == given.x.shape
+    assert all(tensor.numel() == 0 for tensor in results)
+
+
 @pytest.mark.parametrize(("layout", "values_in_tile"), [("channels_last", 4), ("nchw", 16)])
 def test_an_outlier_that_comes_first(emulated: Any, layout: str, values_in_tile: int) -> None:
     """The first tile of a thread is summed around its first value, all others around a mean."""

@@ -293,8 +293,9 @@ Statistics check_branch(const char* op, const Tensor& x, const BatchNormTensors&
   const ChannelVector mean = channel_vector(op, prefix + "running_mean", bn.running_mean, x);
   const ChannelVector var = channel_vector(op, prefix + "running_var", bn.running_var, x);
   const float eps = static_cast<float>(bn.eps);
-  RESNET_FUSED_CHECK(bn.training || (mean.data && var.data), op, ": ", prefix, "running_mean and ",
-                     prefix, "running_var must be given when not training, got None");
+  RESNET_FUSED_CHECK(bn.training || (bn.running_mean && bn.running_var), op, ": ", prefix,
+                     "running_mean and ", prefix,
+                     "running_var must be given when not training, got None");
   const int64_t values = x.size(0) * x.size(2) * x.size(3);
   RESNET_FUSED_CHECK(!bn.training || values > 1, op,
                      ": expected more than 1 value per channel when training, got input size ",
@@ -325,6 +326,7 @@ StatisticsBranch branch_of(const Tensor& x, const BatchNormTensors& bn, const St
 void launch_statistics(const char* op, const Tensor& x, const Activation& activation,
                        StatisticsBranch* branches, unsigned count, cudaStream_t stream) {
   LaunchShape shape(activation, kStatisticsSpread, x.get_device_index());
+  if (shape.extent.channels == 0) return;
   shape.grid.z = count;
   const int64_t columns = shape.grid.x, splits = shape.splits(), channels = x.size(1);
   const int64_t words = columns + columns * splits + 2 * splits * channels;
