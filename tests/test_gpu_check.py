@@ -161,6 +161,7 @@ class TestRefusals:
     @pytest.fixture(autouse=True)
     def gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A machine on which nothing is amiss, as far as these questions go."""
+        monkeypatch.setattr(gpu_check, "PARTS", {})  # what is not refused ends at once
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

@@ -396,6 +396,14 @@ class TestCheckOfWheels:
         with pytest.raises(check_wheel.Broken, match=r"wrong result: Check.*add_relu"):
             check_wheel._check_operators(torch.device("cpu"))
 
+    def test_a_missing_kernel_is_a_failure(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: key != "CUDA"
+        )
+        check_wheel._check_registrations({"cuda": False})
+        with pytest.raises(check_wheel.Broken, match="add_relu has no kernel for CUDA"):
+            check_wheel._check_registrations({"cuda": True})
+
     def test_no_wheel(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             check_wheel.main([str(tmp_path / "missing.whl")])
