@@ -28,7 +28,7 @@ CPP_FILES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.i
 RESOLVED := sed '/--no-deps,/,$$d' requirements-test.txt
 UNRESOLVED := sed '1,/--no-deps,/d' requirements-test.txt
 
-.PHONY: help demo test test-emulator test-emulator-asan gpu-check lint bench wheel clean extension
+.PHONY: help demo test test-interpreter test-emulator test-emulator-asan gpu-check lint bench wheel clean extension
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.* ## ' $(MAKEFILE_LIST) | sed -E 's/:.* ## /\t/' | \
@@ -40,8 +40,13 @@ help: ## show this list
 demo: $(STAMPS)/package extension ## set up, then run the main job on real input (report in demo_report/)
 	$(PY) -m resnet_fused demo $(ARGS)
 
+# Triton runs either its interpreter or its compiler in a process. Status 5: ARGS choose no such test.
 test: $(STAMPS)/package extension ## set up, then run all tests
 	$(PY) -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest $(ARGS) -m interpreter || [ $$? -eq 5 ]
+
+test-interpreter: $(STAMPS)/package extension ## run the Triton kernels on the CPU only: part of the tests
+	TRITON_INTERPRET=1 $(PY) -m pytest $(ARGS) -m interpreter
 
 test-emulator: $(STAMPS)/package extension ## run the CUDA kernels on the CPU only: part of the tests
 	$(PY) -m pytest -m emulator $(ARGS)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused import _extension, native, onednn, reference
+from resnet_fused import _extension, native, onednn, reference, triton_kernels
 
 NAMES = ("reference", "cpu", "cuda", "triton", "cudnn")
 ENVIRONMENT_VARIABLE = "RESNET_FUSED_BACKEND"
@@ -23,6 +23,7 @@ ENVIRONMENT_VARIABLE = "RESNET_FUSED_BACKEND"
 class _Implementation(NamedTuple):
     resolve: Callable[[], Callable[..., Any]]  # called once, when first chosen
     unsupported: Callable[[str, torch.dtype], str | None]  # reason, or None where it can run
+    by_rule: bool = True  # whether the static rule may choose it; else it runs when asked for
 
 
 def _supports_everything(device_type: str, dtype: torch.dtype) -> str | None:
@@ -39,23 +40,40 @@ def _onednn(operator: str) -> dict[str, _Implementation]:
     return {"cpu": _Implementation(lambda: getattr(onednn, operator), onednn.unsupported)}
 
 
+def _triton(operator: str, by_rule: bool = True) -> dict[str, _Implementation]:
+    resolve = functools.partial(triton_kernels.launcher, operator)
+    return {"triton": _Implementation(resolve, triton_kernels.unsupported, by_rule)}
+
+
 def _reference(operator: str) -> dict[str, _Implementation]:
     return {
         "reference": _Implementation(lambda: getattr(reference, operator), _supports_everything)
     }
 
 
+def _elementwise(operator: str) -> dict[str, _Implementation]:
+    return _native(operator, "cpu", "cuda") | _triton(operator) | _reference(operator)
+
+
+def _convolution(operator: str, on_cpu: bool = False) -> dict[str, _Implementation]:
+    """No rule chooses Triton's convolutions over cuDNN's as long as nobody has timed them."""
+    accelerated = _onednn(operator) if on_cpu else {}
+    return accelerated | _triton(operator, by_rule=False) | _reference(operator)
+
+
 # Per operator its implementations, in the order in which the static rule tries them.
 _IMPLEMENTATIONS: dict[str, dict[str, _Implementation]] = {
-    "add_relu": _native("add_relu", "cpu", "cuda") | _reference("add_relu"),
-    "add_relu_backward": _native("add_relu_backward", "cpu", "cuda")
-    | _reference("add_relu_backward"),
-    "bn_relu": _native("bn_relu", "cpu", "cuda") | _reference("bn_relu"),
-    "bn_relu_apply": _native("bn_relu_apply", "cpu", "cuda") | _reference("bn_relu_apply"),
-    "bn_relu_backward": _native("bn_relu_backward", "cpu", "cuda") | _reference("bn_relu_backward"),
-    "conv_bn_relu": _onednn("conv_bn_relu") | _reference("conv_bn_relu"),
-    "conv_bn_relu_": _onednn("conv_bn_relu_") | _reference("conv_bn_relu_"),
-    "conv_bn_relu_backward": _onednn("conv_bn_relu_backward") | _reference("conv_bn_relu_backward"),
+    "add_relu": _elementwise("add_relu"),
+    "add_relu_backward": _elementwise("add_relu_backward"),
+    "bn_relu": _elementwise("bn_relu"),
+    "bn_relu_apply": _elementwise("bn_relu_apply"),
+    "bn_relu_backward": _elementwise("bn_relu_backward"),
+    "conv_bn_relu": _convolution("conv_bn_relu", on_cpu=True),
+    "conv_bn_relu_": _convolution("conv_bn_relu_", on_cpu=True),
+    "conv_bn_relu_backward": _convolution("conv_bn_relu_backward", on_cpu=True),
+    "conv_stats": _convolution("conv_stats"),
+    "conv_dgrad": _convolution("conv_dgrad"),
+    "conv_wgrad": _convolution("conv_wgrad"),
 }
 OPERATORS = tuple(_IMPLEMENTATIONS)
 
@@ -93,11 +111,14 @@ def choose(operator: str, x: Tensor) -> Callable[..., Any]:
 
 def available(operator: str, device_type: str, dtype: torch.dtype = torch.float32) -> list[str]:
     """Backends that can run `operator`, the static rule's choice first."""
-    return [
-        name
-        for name, implementation in _IMPLEMENTATIONS[operator].items()
-        if implementation.unsupported(device_type, dtype) is None
-    ]
+    implementations = _IMPLEMENTATIONS[operator].items()
+    names = [name for name, each in implementations if each.unsupported(device_type, dtype) is None]
+    return sorted(names, key=lambda name: not _IMPLEMENTATIONS[operator][name].by_rule)
+
+
+def has(name: str, operator: str) -> bool:
+    """Whether backend `name` has an implementation of `operator`, wherever it may run."""
+    return name in _IMPLEMENTATIONS[operator]
 
 
 def is_accelerated(operator: str, x: Tensor) -> bool:
@@ -118,7 +139,7 @@ def is_implemented(operator: str) -> bool:
     if torch.compiler.is_compiling():
         return True
     wish = _wish or _environment()
-    return wish is None or wish in _IMPLEMENTATIONS[operator]
+    return wish is None or has(wish, operator)
 
 
 @functools.cache
@@ -134,7 +155,7 @@ def _choose(
 ) -> Callable[..., Any]:
     implementations = _IMPLEMENTATIONS[operator]
     if wish is not None:
-        if wish not in implementations:
+        if not has(wish, operator):
             reason = f"it has no implementation of {operator}"
         else:
             reason = implementations[wish].unsupported(device_type, dtype) or ""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from resnet_fused.layout import mask_shape, memory_format
 
@@ -151,8 +152,7 @@ def conv_bn_relu(
     groups: int,
 ) -> Tensor:
     y = F.conv2d(x, weight.to(x.dtype), None, stride, padding, dilation, groups)
-    dtype = statistics_dtype(x)
-    out = y.to(dtype) * _per_channel(scale, dtype) + _per_channel(shift, dtype)
+    out = _scale_shift(y, scale, shift)
     if residual is not None:
         out = out + residual
     out = (torch.relu(out) if relu else out).to(x.dtype)
@@ -199,6 +199,89 @@ def conv_bn_relu_backward(
     grad_x = grad_x.contiguous(memory_format=memory_format(x))
     grad_residual = grad if has_residual else grad.new_empty(0)
     return grad_x, grad_weight, grad_shift, grad_residual
+
+
+def conv_stats(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    p = _scale_shift_relu(x, scale, shift)
+    y = F.conv2d(p, weight.to(x.dtype), None, stride, padding, dilation, groups)
+    y = y.contiguous(memory_format=memory_format(x))
+    dtype = statistics_dtype(x)
+    count = y.size(0) * y.size(2) * y.size(3)
+    mean = y.to(dtype).sum(_CHANNEL_DIMS) / max(count, 1)
+    m2 = (y.to(dtype) - _per_channel(mean, dtype)).square().sum(_CHANNEL_DIMS)
+    return y, mean, m2
+
+
+def conv_dgrad(
+    grad_y: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    y: Tensor | None,
+    coefficients: Tensor | None,
+    residual: Tensor | None,
+    x: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = statistics_dtype(grad_y)
+    format_ = memory_format(grad_y if x is None else x)
+    grad_conv, grad = grad_y.new_empty(0), grad_y
+    if y is not None and coefficients is not None:
+        grad = grad_conv = combine(grad_y, y, coefficients).contiguous(memory_format=format_)
+    shape = (grad.size(0), weight.size(1) * groups, *input_size)
+    geometry = stride, padding, dilation, groups
+    grad = conv2d_input(shape, weight.to(grad.dtype), grad, *geometry).to(dtype)
+    if residual is not None:
+        grad = grad + residual
+    if x is not None and scale is not None and shift is not None:
+        grad = torch.where(_scale_shift(x, scale, shift) <= 0, 0, grad)
+    elif mask is not None:
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad = torch.where(_unpack_mask(mask, grad), grad, 0)
+    sum_grad, sum_grad_x = grad.new_empty(0), grad.new_empty(0)
+    if x is not None and mean is not None:
+        sum_grad = grad.sum(_CHANNEL_DIMS)
+        sum_grad_x = (grad * (x.to(dtype) - _per_channel(mean, dtype))).sum(_CHANNEL_DIMS)
+    grad_x = grad.to(grad_y.dtype).contiguous(memory_format=format_)
+    return grad_x, sum_grad, sum_grad_x, grad_conv
+
+
+def conv_wgrad(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    p = _scale_shift_relu(x, scale, shift)
+    geometry = stride, padding, dilation, groups
+    return conv2d_weight(p, weight.shape, grad_y, *geometry).to(weight.dtype)
+
+
+def combine(grad_y: Tensor, y: Tensor, coefficients: Tensor) -> Tensor:
+    """Per channel a * grad_y + (b * y + d), where coefficients is (a, b, d), of shape (3, K)."""
+    dtype = statistics_dtype(y)
+    a, b, d = (_per_channel(row, dtype) for row in coefficients)
+    return (a * grad_y.to(dtype) + (b * y.to(dtype) + d)).to(y.dtype)
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,6 +368,17 @@ def _unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 def _bit_positions(x: Tensor) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=x.device)
+
+
+def _scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    dtype = statistics_dtype(x)
+    return x.to(dtype) * _per_channel(scale, dtype) + _per_channel(shift, dtype)
+
+
+def _scale_shift_relu(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    if scale is None or shift is None:
+        return x
+    return torch.relu(_scale_shift(x, scale, shift)).to(x.dtype)
 
 
 def _per_channel(vector: Tensor, dtype: torch.dtype) -> Tensor:

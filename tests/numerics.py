@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import emulated_backend
+import interpreted_backend
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from resnet_fused import backends
 
 emulated_backend.install()
+interpreted_backend.install()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -165,8 +167,12 @@ def missing(operator: str, backend: str, dtype: torch.dtype = torch.float32) -> 
 
 
 def marks_of(backend: str) -> list[pytest.MarkDecorator]:
-    """The marker `emulator` for tests on the emulated kernels."""
-    return [pytest.mark.emulator] if backend == emulated_backend.NAME else []
+    """The markers `emulator` and `interpreter` for tests on kernels that are run on the CPU."""
+    marks = {
+        emulated_backend.NAME: pytest.mark.emulator,
+        interpreted_backend.NAME: pytest.mark.interpreter,
+    }
+    return [marks[backend]] if backend in marks else []
 
 
 def device_of(backend: str) -> str:

@@ -162,13 +162,14 @@ def test_doctor_explains_what_is_missing_and_how_to_repair_it() -> None:
     report["compiler"] = None
     report["gpus"] = [{"name": "NVIDIA H100", "driver": "580", "memory": "80 GB"}]
     report["torch"] |= {"cuda_available": False, "cuda_reason": "built without CUDA"}
-    report["triton"] = {"error": "ModuleNotFoundError: No module named 'triton'"}
+    report["triton"] |= {"unusable": "Triton is not installed"}
     text = "\n".join(" ".join(finding) for finding in doctor.diagnose(report))
     for word in (
         "extension (no such file)",
         "g++",
         "NVIDIA H100 is not used",
-        "pip install triton",
+        "Triton (Triton is not installed)",
+        "pip install 'triton>=3.6'",
     ):
         assert word in text
 
@@ -196,24 +197,24 @@ def row(text: str, operator: str) -> str:
 
 def test_doctor_lists_cuda_kernels_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     text = backends_of_a_machine(monkeypatch, (8, 6))
-    assert row(text, "bn_relu_backward").endswith("  cuda, reference")
-    assert row(text, "conv_bn_relu").endswith("  reference")
+    assert row(text, "bn_relu_backward").endswith("  cuda, triton, reference")
+    assert row(text, "conv_bn_relu").endswith("  reference, triton")
     assert "cannot run" not in text
 
 
 def test_doctor_lists_cuda_kernels_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     text = backends_of_a_machine(monkeypatch, None)
-    assert row(text, "bn_relu").endswith("  (cuda: built, cannot run here)")
-    assert row(text, "conv_bn_relu").endswith("  -")
-    assert text.endswith(
-        "CUDA kernels are built for 8.0, 9.0a and cannot run here: there is no CUDA device."
-    )
+    assert row(text, "bn_relu").endswith("  (cuda, triton: cannot run here)")
+    assert row(text, "conv_bn_relu").endswith("  (triton: cannot run here)")
+    assert "CUDA kernels, built for 8.0, 9.0a, cannot run here: there is no CUDA device." in text
+    assert text.endswith("Triton kernels cannot run here: there is no CUDA device.")
 
 
 def test_doctor_lists_cuda_kernels_for_other_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     text = backends_of_a_machine(monkeypatch, (7, 5))
-    assert row(text, "bn_relu").endswith("  reference, (cuda: built, cannot run here)")
+    assert row(text, "bn_relu").endswith("  reference, (cuda, triton: cannot run here)")
     assert "no code for compute capability 7.5" in text
+    assert "Triton kernels cannot run here: it needs compute capability 8.0, got 7.5." in text
 
 
 def test_doctor_finds_that_the_kernels_are_for_other_gpus() -> None:
@@ -221,7 +222,7 @@ def test_doctor_finds_that_the_kernels_are_for_other_gpus() -> None:
     report["gpus"] = [{"name": "Tesla T4", "driver": "580", "memory": "16 GB"}]
     report["torch"] |= {"cuda_available": True}
     report["extension"] = {"loaded": True, "cuda": True, "archs": ["8.0"], "error": None}
-    report["backends"]["cuda_kernels_unusable"] = "the extension has no code for 7.5"
+    report["backends"]["kernels"]["cuda"]["unusable"] = "the extension has no code for 7.5"
     text = "\n".join(" ".join(finding) for finding in doctor.diagnose(report))
     assert "CUDA kernels for this GPU (the extension has no code for 7.5)" in text
     assert "TORCH_CUDA_ARCH_LIST" in text

@@ -146,7 +146,7 @@ def _gpu_findings(
                 f"CUDA_HOME=/usr/local/cuda RESNET_FUSED_BUILD=cuda {SOURCE} (in a source tree)",
             )
         )
-    why = report["backends"].get("cuda_kernels_unusable")
+    why = report["backends"].get("kernels", {}).get("cuda", {}).get("unusable")
     if extension.get("cuda") and report["torch"].get("cuda_available") and why:
         found.append(
             Finding(
@@ -156,12 +156,14 @@ def _gpu_findings(
                 " (in a source tree)",
             )
         )
-    if report["triton"].get("error"):
+    why = report["triton"].get("unusable")
+    if why:
         found.append(
             Finding(
-                f"Triton ({report['triton']['error']})",
-                "the Triton kernels are not available on the GPU",
-                "pip install triton",
+                f"Triton ({why})",
+                "there are no fused convolutions for GPUs, and operators without a CUDA kernel run"
+                " in plain PyTorch",
+                "pip install 'triton>=3.6'",
             )
         )
     return found
@@ -227,32 +229,45 @@ def _cpu() -> dict[str, Any]:
 
 
 def _triton() -> dict[str, Any]:
-    import triton
+    from resnet_fused import triton_kernels
 
-    return {"version": triton.__version__}
+    return {
+        "version": environment.package_version("triton"),
+        "unusable": triton_kernels.unavailable(),
+    }
 
 
 def _backends() -> dict[str, Any]:
     """Per device type and operator the backends that run here; on "cuda" none without a GPU.
 
-    cuda_kernels: operators that the extension has CUDA kernels of, whether or not they can run.
-    cuda_kernels_unusable: why they cannot, or None.
+    kernels: per backend for GPUs its operators, whether or not they can run, and why they cannot
+    (unusable, None where they can).
     """
     import torch
 
-    from resnet_fused import backends, native
+    from resnet_fused import backends, native, triton_kernels
 
     available = torch.cuda.is_available()
+    unsupported = {"cuda": native.unsupported_on_cuda, "triton": triton_kernels.unsupported}
+    operators = {
+        "cuda": [name for name in backends.OPERATORS if native.has_cuda_kernel(name)],
+        "triton": [name for name in backends.OPERATORS if backends.has("triton", name)],
+    }
     return {
         "cpu": {name: backends.available(name, "cpu") for name in backends.OPERATORS},
         "cuda": {
             name: backends.available(name, "cuda") if available else []
             for name in backends.OPERATORS
         },
-        "cuda_kernels": [name for name in backends.OPERATORS if native.has_cuda_kernel(name)],
-        "cuda_kernels_unusable": native.unsupported_on_cuda("cuda", torch.float32)
-        if available
-        else "there is no CUDA device",
+        "kernels": {
+            backend: {
+                "operators": operators[backend],
+                "unusable": reason("cuda", torch.float32)
+                if available
+                else "there is no CUDA device",
+            }
+            for backend, reason in unsupported.items()
+        },
     }
 
 
@@ -304,7 +319,7 @@ def _text(report: dict[str, Any], findings: list[Finding]) -> str:
         ("gpu", "; ".join(gpus) or "none (no NVIDIA driver answers)"),
         ("nvcc", report["nvcc"] or "not found (only needed to build CUDA kernels)"),
         ("compiler", report["compiler"] or "not found"),
-        ("triton", report["triton"].get("version") or report["triton"]["error"]),
+        ("triton", _triton_text(report["triton"])),
         ("computes", "yes" if report["computes"].get("ok") else report["computes"]["error"]),
     ]
     width = max(len(name) for name, _ in rows)
@@ -341,6 +356,10 @@ def _extension_text(extension: dict[str, Any]) -> str:
     )
 
 
+def _triton_text(triton: dict[str, Any]) -> str:
+    return str(triton["error"] or triton["unusable"] or triton["version"])
+
+
 def _cpu_text(cpu: dict[str, Any]) -> str:
     if cpu["error"]:
         return cpu["error"]
@@ -355,14 +374,17 @@ def _cpu_text(cpu: dict[str, Any]) -> str:
 def _backend_lines(report: dict[str, Any], archs: list[str]) -> list[str]:
     if report["error"]:
         return [f"backends: cannot be listed: {report['error']}"]
-    kernels, why = report["cuda_kernels"], report["cuda_kernels_unusable"]
+    idle = {name: each for name, each in report["kernels"].items() if each["unusable"]}
     rows = []
     for operator, on_cpu in report["cpu"].items():
         on_cuda = list(report["cuda"][operator])
-        if why and operator in kernels:
-            on_cuda.append("(cuda: built, cannot run here)")
+        built = [name for name, each in idle.items() if operator in each["operators"]]
+        if built:
+            on_cuda.append(f"({', '.join(built)}: cannot run here)")
         rows.append((operator, ", ".join(on_cpu), ", ".join(on_cuda) or "-"))
     lines = [table(("operator", "on cpu (first is used)", "on cuda (first is used)"), rows)]
-    if why and kernels:
-        lines += ["", f"CUDA kernels are built for {', '.join(archs)} and cannot run here: {why}."]
+    names = {"cuda": f"CUDA kernels, built for {', '.join(archs)},", "triton": "Triton kernels"}
+    for name, each in idle.items():
+        if each["operators"]:
+            lines += ["", f"{names[name]} cannot run here: {each['unusable']}."]
     return lines

@@ -3,5 +3,16 @@
 from resnet_fused.ops.add_relu import add_relu
 from resnet_fused.ops.bn_relu import BatchNormArgs, bn_relu
 from resnet_fused.ops.conv_bn_relu import conv_bn_relu
+from resnet_fused.ops.conv_dgrad import conv_dgrad
+from resnet_fused.ops.conv_stats import conv_stats
+from resnet_fused.ops.conv_wgrad import conv_wgrad
 
-__all__ = ["BatchNormArgs", "add_relu", "bn_relu", "conv_bn_relu"]
+__all__ = [
+    "BatchNormArgs",
+    "add_relu",
+    "bn_relu",
+    "conv_bn_relu",
+    "conv_dgrad",
+    "conv_stats",
+    "conv_wgrad",
+]

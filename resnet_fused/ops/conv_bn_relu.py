@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from resnet_fused import backends, reference
-from resnet_fused.layout import convolution_shape, memory_format, to_format
-from resnet_fused.ops import _checks
+from resnet_fused.layout import memory_format, to_format
+from resnet_fused.ops import _checks, _convolution
 from resnet_fused.ops._registration import autocast, call, define, refuse_gradient
 
 
@@ -39,7 +39,7 @@ def conv_bn_relu(
     floating point.
     """
     _checks.check_tensors("conv_bn_relu", x=x, weight=weight, scale=scale, shift=shift)
-    geometry = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
+    geometry = _convolution.pairs("conv_bn_relu", stride, padding, dilation)
     return call(_conv_bn_relu, x, weight, scale, shift, residual, relu, *geometry, groups)
 
 
@@ -59,52 +59,9 @@ def conv_bn_relu_(
 
     For inference: raises RuntimeError where a gradient is needed. Arguments as in `conv_bn_relu`.
     """
-    geometry = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
+    geometry = _convolution.pairs("conv_bn_relu", stride, padding, dilation)
     call(_conv_bn_relu_, x, weight, scale, shift, residual, relu, *geometry, groups)
     return residual
-
-
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    pair = (value, value) if isinstance(value, int) else value
-    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-        raise ValueError(f"conv_bn_relu: {name} must be one int or two, got {value!r}")
-    return tuple(pair)
-
-
-def _output_shape(x: Tensor, weight: Tensor, *geometry: Any) -> tuple[int, ...]:
-    stride, padding, dilation, groups = geometry
-    _checks.check_activation("conv_bn_relu", "x", x)
-    if not isinstance(weight, Tensor):  # the dispatcher lets None pass
-        _checks.check_tensors("conv_bn_relu", weight=weight)
-    if weight.dim() != 4 or not weight.is_floating_point():
-        raise ValueError(
-            "conv_bn_relu: weight must be a floating-point (K, C / groups, R, S) tensor,"
-            f" got {weight.dtype} of shape {tuple(weight.shape)}"
-        )
-    _checks.check_device("conv_bn_relu", "weight", weight, "x", x)
-    for name, values, least in (("stride", stride, 1), ("dilation", dilation, 1)):
-        if min(values) < least:
-            raise ValueError(f"conv_bn_relu: {name} must be at least {least}, got {tuple(values)}")
-    if min(padding) < 0:
-        raise ValueError(f"conv_bn_relu: padding must not be negative, got {tuple(padding)}")
-    channels, kernels = x.size(1), weight.size(0)
-    if groups < 1 or channels % groups or kernels % groups:
-        raise ValueError(
-            f"conv_bn_relu: groups must divide the channels of x ({channels}) and of weight"
-            f" ({kernels}), got {groups}"
-        )
-    if weight.size(1) * groups != channels:
-        raise ValueError(
-            f"conv_bn_relu: weight must have C / groups = {channels // groups} input channels,"
-            f" got {weight.size(1)}"
-        )
-    shape = convolution_shape(x.shape, weight.shape, stride, padding, dilation)
-    if min(shape[2:]) < 1:
-        raise ValueError(
-            f"conv_bn_relu: x must be at least as large as the kernel, got {tuple(x.shape)} for"
-            f" weight {tuple(weight.shape)} with padding {tuple(padding)}"
-        )
-    return shape
 
 
 def _check(
@@ -115,7 +72,7 @@ def _check(
     residual: Tensor | None,
     geometry: tuple[Any, ...],
 ) -> tuple[int, ...]:
-    shape = _output_shape(x, weight, *geometry)
+    shape = _convolution.output_shape("conv_bn_relu", x, weight, *geometry)
     _check_vector("scale", scale, shape[1], x)
     _check_vector("shift", shift, shape[1], x)
     if residual is not None:
@@ -131,7 +88,7 @@ def _check_backward(
     out: Tensor | None,
     geometry: tuple[Any, ...],
 ) -> None:
-    shape = _output_shape(x, weight, *geometry)
+    shape = _convolution.output_shape("conv_bn_relu", x, weight, *geometry)
     _check_vector("scale", scale, shape[1], x)
     _check_like_output("conv_bn_relu_backward", "grad_out", grad_out, shape, x)
     if out is not None:
@@ -139,22 +96,15 @@ def _check_backward(
 
 
 def _check_vector(name: str, vector: Tensor, channels: int, x: Tensor) -> None:
-    _checks.check_shape("conv_bn_relu", name, vector, "one value per output channel", (channels,))
-    if not vector.is_floating_point():
-        raise TypeError(f"conv_bn_relu: {name} must be a floating-point tensor, got {vector.dtype}")
-    _checks.check_device("conv_bn_relu", name, vector, "x", x)
+    meaning = "one value per output channel"
+    _convolution.check_vector("conv_bn_relu", name, vector, meaning, (channels,), "x", x)
 
 
 def _check_like_output(
     operator: str, name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor
 ) -> None:
-    _checks.check_shape(operator, name, tensor, "the shape of the output", shape)
-    _checks.check_device(operator, name, tensor, "x", x)
-    if tensor.dtype != x.dtype:
-        raise TypeError(
-            f"{operator}: {name} must have the dtype of x"
-            f" {x.dtype}, got {tensor.dtype} (convert one with .to())"
-        )
+    meaning = "the shape of the output"
+    _convolution.check_activation_like(operator, name, tensor, meaning, shape, "x", x)
 
 
 def _kernel(
@@ -285,8 +235,7 @@ def _backward_kernel(
         x.contiguous(memory_format=format_),
         *(weight, scale, to_format(out, format_), has_residual, *geometry),
     )
-    if grad_weight.stride() != weight.stride():
-        grad_weight = torch.empty_like(weight).copy_(grad_weight)
+    grad_weight = _convolution.with_strides_of(weight, grad_weight)
     if grad_residual is grad_out:  # outputs never alias arguments
         grad_residual = grad_residual.clone()
     return (grad_x, grad_weight, *grads, grad_residual)

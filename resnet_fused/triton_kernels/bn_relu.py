@@ -1,0 +1,417 @@
+"""Batch norm with optional residual, batch norm of the residual, and ReLU: forward."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.layout import mask_shape
+from resnet_fused.triton_kernels import activations, device, reductions, tiles
+from resnet_fused.triton_kernels.activations import Spread
+from resnet_fused.triton_kernels.bn_relu_backward import bn_relu_backward
+
+__all__ = ["bn_relu", "bn_relu_apply", "bn_relu_backward"]
+
+_NO_BATCH_NORM: tuple[Any, ...] = (None, None, 0.0, None, None, None, None)
+
+
+class Configuration(NamedTuple):
+    """How the two passes of the forward are spread over the device."""
+
+    statistics: Spread
+    apply: Spread
+
+
+@functools.cache
+def configurations(
+    has_residual: bool, dtype: torch.dtype, architecture: device.Architecture
+) -> tuple[Configuration, ...]:
+    """What may be fastest, the static choice first."""
+    # One round of as many programs as registers leave room for: each leaves partial results behind,
+    # which are to be combined.
+    statistics = Spread(vectors=4, columns=16, programs=2, min_tiles=2)
+    # As many loads in flight whether there are two tensors to read or one. Few rounds of programs:
+    # each of them begins with what is per channel.
+    apply = Spread(vectors=2 if has_residual else 4, columns=32, programs=8)
+    deeper = apply._replace(vectors=2 * apply.vectors)
+    return Configuration(statistics, apply), Configuration(statistics, deeper)
+
+
+@triton.jit
+def _origin(x_ptr, own, rows, run, channels, CHANNELS_LAST: tl.constexpr):
+    """The mean of the first values of each channel, from which all are measured.
+
+    Means are then smaller than the deviation: far from zero they would be rounded too coarsely, and
+    M2 with them.
+    """
+    i = tl.arange(0, 8)
+    if CHANNELS_LAST:
+        at = i[:, None] * run + own[None, :]
+        count = tl.minimum(rows, 8)
+    else:
+        at = own.to(tl.int64)[None, :] * run + i[:, None]
+        count = tl.minimum(run, 8)
+    exists = (i < count)[:, None] & (own < channels)[None, :]
+    x = tl.load(x_ptr + at, mask=exists, other=0.0).to(tl.float32)
+    return tl.sum(x, axis=0) / count.to(tl.float32)
+
+
+@triton.jit
+def _load_tile(
+    tile,
+    x_ptr,
+    origin,
+    rows,
+    run,
+    channels,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """The tile of x - origin, and which elements exist."""
+    runs, columns, exists = activations.locate(
+        tile, rows, run, channels, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLUMNS
+    )
+    x = tl.load(x_ptr + runs * run + columns, mask=exists, other=0.0).to(tl.float32)
+    return x - origin[None, :], exists
+
+
+@triton.jit(do_not_specialize=activations.RUNTIME)
+def _statistics_kernel(
+    x_ptr,
+    partials_ptr,
+    n_tiles,
+    whole_tiles,
+    rows,
+    run_units,
+    channels,
+    CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    TERMS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Means (splits, C), M2s (splits, C), the origin (C,) and counts (splits,).
+
+    The means are those of x - origin. Reads x, one element size per element.
+    """
+    run = run_units * UNIT
+    OWN: tl.constexpr = BLOCK_COLUMNS if CHANNELS_LAST else 1
+    GROUPS: tl.constexpr = BLOCK_ROWS * BLOCK_COLUMNS // OWN // TERMS
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    own = activations.own_channels(CHANNELS_LAST, BLOCK_COLUMNS)
+    origin = _origin(x_ptr, own, rows, run, channels, CHANNELS_LAST)
+    mean = tl.zeros((GROUPS, OWN), dtype=tl.float32)
+    m2 = tl.zeros((GROUPS, OWN), dtype=tl.float32)
+    # All values of a thread are as many in a full tile: one number counts them.
+    tile_count = tl.cast(TERMS, tl.float32)
+    whole_count = tl.cast(0.0, tl.float32)
+    for tile in range(split, whole_tiles, splits):
+        x, _ = _load_tile(
+            tile, x_ptr, origin, rows, run, channels, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLUMNS
+        )
+        x = activations.terms(x, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLUMNS, TERMS, VECTOR)
+        tile_mean, tile_m2 = tiles.tile_statistics(x, None, tile_count, 0, True)
+        whole_count, mean, m2 = tiles.combine_statistics(
+            whole_count, mean, m2, tile_count, tile_mean, tile_m2
+        )
+    count = tl.zeros((GROUPS, OWN), dtype=tl.float32) + whole_count
+    if CHANNELS_LAST:
+        total, mean, m2 = reductions.merged_statistics(count, mean, m2)
+        for tile in range(whole_tiles + split, n_tiles, splits):  # there is one at most
+            x, _ = _load_tile(
+                tile, x_ptr, origin, rows, run, channels, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLUMNS
+            )
+            left = rows - tile * BLOCK_ROWS
+            tile_count = left.to(tl.float32)
+            row_exists = (tl.arange(0, BLOCK_ROWS) < left)[:, None]
+            tile_mean, tile_m2 = tiles.tile_statistics(x, row_exists, tile_count, 0, False)
+            total, mean, m2 = tiles.combine_statistics(
+                total, mean, m2, tile_count, tile_mean, tile_m2
+            )
+    else:
+        for tile in range(whole_tiles + split, n_tiles, splits):
+            x, exists = _load_tile(
+                tile, x_ptr, origin, rows, run, channels, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLUMNS
+            )
+            x = activations.terms(x, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLUMNS, TERMS, VECTOR)
+            exists = activations.terms(
+                exists, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLUMNS, TERMS, VECTOR
+            )
+            counts = tl.sum(exists.to(tl.float32), axis=0)
+            tile_mean, tile_m2 = tiles.tile_statistics(x, exists, tl.maximum(counts, 1.0), 0, False)
+            count, mean, m2 = tiles.combine_statistics(count, mean, m2, counts, tile_mean, tile_m2)
+        total, mean, m2 = reductions.merged_statistics(count, mean, m2)
+    inside = own < channels
+    step = splits.to(tl.int64) * channels
+    at = split.to(tl.int64) * channels + own
+    tl.store(partials_ptr + at, mean, mask=inside)
+    tl.store(partials_ptr + step + at, m2, mask=inside)
+    rest_ptr = partials_ptr + 2 * step
+    if split == 0:
+        tl.store(rest_ptr + own, origin, mask=inside)
+    tl.store(rest_ptr + channels + split + 0 * own, total, mask=own == 0)
+
+
+@triton.jit
+def _update(running_ptr, batch, momentum, channels, inside):
+    if running_ptr is not None:
+        running = tl.load(running_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+        running = tl.fma(momentum, batch, (1.0 - momentum) * running)
+        tl.store(running_ptr + channels, running.to(running_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["splits", "channels"])
+def _finalize_kernel(
+    partials_ptr,
+    mean_ptr,
+    invstd_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    momentum,
+    eps,
+    splits,
+    channels,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """Mean and invstd of every channel, and the running statistics."""
+    own = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    inside = own < channels
+    step = splits.to(tl.int64) * channels
+    origin_ptr = partials_ptr + 2 * step
+    total, mean, m2 = reductions.combined_statistics(
+        *(origin_ptr + channels, partials_ptr, partials_ptr + step, 0, splits, channels, own),
+        BLOCK_ROWS,
+        BLOCK_CHANNELS,
+    )
+    mean += tl.load(origin_ptr + own, mask=inside, other=0.0)
+    tl.store(mean_ptr + own, mean, mask=inside)
+    tl.store(invstd_ptr + own, activations.inverse_deviation(m2 / total, eps), mask=inside)
+    _update(running_mean_ptr, mean, momentum, own, inside)
+    _update(running_var_ptr, m2 / (total - 1.0), momentum, own, inside)
+
+
+@triton.jit
+def _statistics(mean_ptr, spread_ptr, eps, saved_mean_ptr, saved_invstd_ptr, channels, inside):
+    """Mean and invstd. The spread is a variance where there is room to save both, else invstd."""
+    mean = activations.load_vector(mean_ptr, channels, inside, 0.0)
+    spread = activations.load_vector(spread_ptr, channels, inside, 0.0)
+    if saved_mean_ptr is not None:
+        spread = activations.inverse_deviation(spread, eps)
+        if tl.program_id(1) == 0:
+            tl.store(saved_mean_ptr + channels, mean, mask=inside)
+            tl.store(saved_invstd_ptr + channels, spread, mask=inside)
+    return mean, spread
+
+
+@triton.jit(do_not_specialize=activations.RUNTIME)
+def _apply_kernel(
+    x_ptr,
+    residual_ptr,
+    out_ptr,
+    mask_ptr,
+    mean_ptr,
+    spread_ptr,
+    eps,
+    saved_mean_ptr,
+    saved_invstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_mean_ptr,
+    residual_spread_ptr,
+    residual_eps,
+    residual_saved_mean_ptr,
+    residual_saved_invstd_ptr,
+    residual_weight_ptr,
+    residual_bias_ptr,
+    n_tiles,
+    rows,
+    run_units,
+    channels,
+    CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """Computes act(batch norm of x + residual, or its batch norm where it has a mean).
+
+    Reads x (and the residual) and writes out, one element size each per element, and 1 bit of
+    mask.
+    """
+    run = run_units * UNIT
+    own = activations.own_channels(CHANNELS_LAST, BLOCK_COLUMNS)
+    inside = own < channels
+    mean, invstd = _statistics(
+        mean_ptr, spread_ptr, eps, saved_mean_ptr, saved_invstd_ptr, own, inside
+    )
+    scale = invstd * activations.load_vector(weight_ptr, own, inside, 1.0)
+    bias = activations.load_vector(bias_ptr, own, inside, 0.0)
+    if residual_mean_ptr is not None:
+        residual_mean, residual_invstd = _statistics(
+            *(residual_mean_ptr, residual_spread_ptr, residual_eps),
+            *(residual_saved_mean_ptr, residual_saved_invstd_ptr, own, inside),
+        )
+        residual_weight = activations.load_vector(residual_weight_ptr, own, inside, 1.0)
+        residual_scale = residual_invstd * residual_weight
+        bias += activations.load_vector(residual_bias_ptr, own, inside, 0.0)
+    # Backwards: what an earlier pass has read last is still in the second-level cache.
+    for step in range(tl.program_id(1), n_tiles, tl.num_programs(1)):
+        tile = n_tiles - 1 - step
+        runs, columns, exists = activations.locate(
+            tile, rows, run, channels, CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLUMNS
+        )
+        at = runs * run + columns
+        x = tl.load(x_ptr + at, mask=exists, other=0.0).to(tl.float32)
+        total = tiles.scale_shift(x - mean[None, :], scale[None, :], bias[None, :])
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + at, mask=exists, other=0.0).to(tl.float32)
+            if residual_mean_ptr is not None:
+                residual -= residual_mean[None, :]
+                total = tiles.scale_shift(residual, residual_scale[None, :], total)
+            else:
+                total += residual
+        if mask_ptr is not None:
+            passes = activations.passes_relu(total, out_ptr.dtype.element_ty) & exists
+            byte_runs, bytes_, bytes_exist = activations.locate(
+                *(tile, rows, tl.cdiv(run, 8), channels),
+                *(CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLUMNS // 8),
+            )
+            packed = tiles.pack_bits(passes, BLOCK_ROWS, BLOCK_COLUMNS)
+            bytes_at = byte_runs * tl.cdiv(run, 8) + bytes_
+            tl.store(mask_ptr + bytes_at, packed, mask=bytes_exist)
+        if RELU:
+            total = tiles.relu(total)
+        tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+def bn_relu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    residual_bn: bool,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_running_mean: Tensor | None,
+    residual_running_var: Tensor | None,
+    residual_training: bool,
+    residual_momentum: float,
+    residual_eps: float,
+    relu: bool,
+    save_mask: bool,
+    configuration: Configuration | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`reference.bn_relu`; at most three launches, and two more for a residual_bn in training."""
+    spreads = configuration or _static_choice(x, residual)
+    own = _BatchNorm(weight, bias, running_mean, running_var, training, momentum, eps)
+    mean, invstd, bn = _normalisation(x, own, spreads.statistics)
+    residual_mean, residual_invstd, other = mean.new_empty(0), mean.new_empty(0), _NO_BATCH_NORM
+    if residual is not None and residual_bn:
+        of_residual = _BatchNorm(
+            *(residual_weight, residual_bias, residual_running_mean, residual_running_var),
+            *(residual_training, residual_momentum, residual_eps),
+        )
+        residual_mean, residual_invstd, other = _normalisation(
+            residual, of_residual, spreads.statistics
+        )
+    mask = x.new_empty(mask_shape(x) if save_mask else (0,), dtype=torch.uint8)
+    out = _apply(x, residual, mask if save_mask else None, bn, other, relu, spreads)
+    return out, mean, invstd, residual_mean, residual_invstd, mask
+
+
+def bn_relu_apply(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    relu: bool,
+    configuration: Configuration | None = None,
+) -> Tensor:
+    """`reference.bn_relu_apply` in one launch."""
+    mean_, invstd_, weight_, bias_ = map(activations.dense_vector, (mean, invstd, weight, bias))
+    bn = mean_, invstd_, 0.0, None, None, weight_, bias_
+    spreads = configuration or _static_choice(x, None)
+    return _apply(x, None, None, bn, _NO_BATCH_NORM, relu, spreads)
+
+
+def _static_choice(x: Tensor, residual: Tensor | None) -> Configuration:
+    return configurations(residual is not None, x.dtype, device.architecture(x))[0]
+
+
+class _BatchNorm(NamedTuple):
+    """One batch norm, as the operator is given it."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+
+
+def _normalisation(
+    x: Tensor, bn: _BatchNorm, spread: Spread
+) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """Mean, invstd, and what `_apply_kernel` is told of one batch norm.
+
+    In evaluation the two are for that kernel to write.
+    """
+    mean, invstd = (x.new_empty(x.size(1), dtype=torch.float32) for _ in range(2))
+    affine = activations.dense_vector(bn.weight), activations.dense_vector(bn.bias)
+    buffers = bn.running_mean, bn.running_var
+    running = tuple(map(activations.dense_vector, buffers))
+    if not bn.training:
+        return mean, invstd, (*running, bn.eps, mean, invstd, *affine)
+    if x.size(1) > 0:
+        _launch_statistics(x, (mean, invstd, *running, bn.momentum, bn.eps), spread)
+    for buffer, updated in zip(buffers, running, strict=True):
+        if buffer is not None and updated is not None and buffer is not updated:
+            buffer.copy_(updated)
+    return mean, invstd, (mean, invstd, 0.0, None, None, *affine)
+
+
+def _launch_statistics(x: Tensor, finals: tuple[Any, ...], spread: Spread) -> None:
+    """finals: mean, invstd, running statistics, momentum and eps."""
+    channels = x.size(1)
+    plan = activations.plan(spread, x)
+    partials = x.new_empty((2 * plan.splits + 1) * channels + plan.splits, dtype=torch.float32)
+    constants = plan.terms | {"whole_tiles": plan.whole_tiles}
+    activations.launch(_statistics_kernel, plan, (x, partials), constants)
+    block_rows, block_channels = reductions.block(plan.splits)
+    with device.guard(x):
+        _finalize_kernel[(triton.cdiv(channels, block_channels),)](
+            *(partials, *finals, plan.splits, channels, block_rows, block_channels),
+            num_warps=reductions.WARPS,
+            enable_fp_fusion=False,
+        )
+
+
+def _apply(
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    bn: tuple[Any, ...],
+    residual_bn: tuple[Any, ...],
+    relu: bool,
+    spreads: Configuration,
+) -> Tensor:
+    out = torch.empty_like(x)
+    if x.size(1) > 0:
+        plan = activations.plan(spreads.apply, x, residual, out)
+        arguments = x, residual, out, mask, *bn, *residual_bn
+        activations.launch(_apply_kernel, plan, arguments, {"RELU": relu})
+    return out

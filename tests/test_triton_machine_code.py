@@ -1,0 +1,274 @@
+"""What Triton makes of its kernels for GPUs that are not here: compiled, disassembled, read.
+
+Every layer of a ResNet-50 goes through the launchers as it would on that GPU, with tensors that are
+never touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from resnet_fused.commands import cases, networks
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import ahead_of_time
+from ahead_of_time import Code
+
+BATCH = 256
+AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
+CAPABILITIES = (AMPERE, HOPPER, BLACKWELL)
+SHARED_BYTES = {AMPERE: 163 * 1024, HOPPER: 227 * 1024, BLACKWELL: 227 * 1024}
+PRODUCT = {AMPERE: "HMMA", HOPPER: "HGMMA", BLACKWELL: "UTCHMMA"}
+
+
+class Layer(NamedTuple):
+    """One convolution of the network, and what stands around it."""
+
+    conv: cases.ConvShape
+    ends_block: bool
+
+    def __str__(self) -> str:
+        _, c, h, _ = self.conv.x
+        k, _, r, _ = self.conv.weight
+        return f"{c}x{h} -> {k}, {r}x{r}/{self.conv.stride[0]}"
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        return self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups
+
+    @property
+    def is_stem(self) -> bool:
+        return self.conv.x[1] == 3
+
+    @property
+    def is_1x1(self) -> bool:
+        return self.conv.weight[2:] == (1, 1)
+
+
+def network_layers() -> list[Layer]:
+    model = networks.build_pair("resnet50").eager.to("meta")
+    shapes = cases.layer_shapes(model, torch.empty(BATCH, 3, 224, 224, device="meta"))
+    return [
+        Layer(conv, conv.weight[2:] == (1, 1) and conv.weight[0] == 4 * conv.weight[1])
+        for conv in shapes.convolutions
+    ]
+
+
+LAYERS = network_layers()
+
+
+def untouched(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory that the system never has to provide."""
+    format_ = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, memory_format=format_)
+
+
+class Variant(NamedTuple):
+    """An operator with the options that make another kernel of it."""
+
+    launch: Callable[[Layer, torch.dtype], object]
+    applies: Callable[[Layer], bool] = lambda layer: True
+
+
+def conv_bn_relu(layer: Layer, dtype: torch.dtype, residual: bool = False) -> object:
+    from resnet_fused.triton_kernels import conv_bn_relu
+
+    x, weight, y = activations(layer, dtype)
+    vectors = (untouched(y.size(1)) for _ in range(2))
+    other = y if residual else None
+    return conv_bn_relu.conv_bn_relu(x, weight, *vectors, other, True, *layer.geometry)
+
+
+def conv_stats(layer: Layer, dtype: torch.dtype, prologue: bool = False) -> object:
+    from resnet_fused.triton_kernels import conv_stats
+
+    x, weight, _ = activations(layer, dtype)
+    vectors = [untouched(x.size(1)) if prologue else None for _ in range(2)]
+    return conv_stats.conv_stats(x, weight, *vectors, *layer.geometry)
+
+
+def conv_dgrad(
+    layer: Layer,
+    dtype: torch.dtype,
+    prologue: bool = False,
+    sign: str = "x",
+    residual: bool = False,
+) -> object:
+    from resnet_fused.triton_kernels import conv_dgrad
+
+    x, weight, y = activations(layer, dtype)
+    c, k = x.size(1), y.size(1)
+    vectors = [untouched(c) if sign == "x" else None for _ in range(2)]
+    mask = None
+    if sign == "mask":
+        mask = torch.empty(x.numel() // c, -(-c // 8), dtype=torch.uint8)
+    return conv_dgrad.conv_dgrad(
+        *(y, weight, list(x.shape[2:]), y if prologue else None),
+        *(untouched(3, k) if prologue else None, x if residual else None),
+        *(x, *vectors, mask, untouched(c), *layer.geometry),
+    )
+
+
+def conv_wgrad(layer: Layer, dtype: torch.dtype, prologue: bool = False) -> object:
+    from resnet_fused.triton_kernels import conv_wgrad
+
+    x, weight, y = activations(layer, dtype)
+    vectors = [untouched(x.size(1)) if prologue else None for _ in range(2)]
+    return conv_wgrad.conv_wgrad(y, x, weight, *vectors, *layer.geometry)
+
+
+def activations(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    conv = layer.conv
+    x, weight = untouched(*conv.x, dtype=dtype), untouched(*conv.weight, dtype=dtype)
+    with torch.device("meta"):
+        y = torch.conv2d(x.to("meta"), weight.to("meta"), None, *layer.geometry)
+    return x, weight, untouched(*y.shape, dtype=dtype)
+
+
+def with_options(function: Callable[..., object], **options: Any) -> Callable[..., object]:
+    return functools.partial(function, **options)
+
+
+VARIANTS: dict[str, Variant] = {
+    "conv_bn_relu": Variant(conv_bn_relu, lambda layer: not layer.ends_block),
+    "conv_bn_relu, residual": Variant(
+        with_options(conv_bn_relu, residual=True), lambda layer: layer.ends_block
+    ),
+    "conv_stats": Variant(conv_stats),
+    "conv_stats, prologue": Variant(
+        with_options(conv_stats, prologue=True), lambda layer: layer.is_1x1
+    ),
+    "conv_dgrad": Variant(conv_dgrad, lambda layer: not layer.is_stem),
+    "conv_dgrad, residual, mask": Variant(
+        with_options(conv_dgrad, sign="mask", residual=True), lambda layer: layer.is_1x1
+    ),
+    "conv_dgrad, prologue": Variant(
+        with_options(conv_dgrad, prologue=True), lambda layer: layer.is_1x1
+    ),
+    "conv_wgrad": Variant(conv_wgrad),
+    "conv_wgrad, prologue": Variant(
+        with_options(conv_wgrad, prologue=True), lambda layer: not layer.is_stem
+    ),
+}
+
+
+def representatives() -> list[Layer]:
+    """One layer of each sort.
+
+    What tells kernels apart is the filter, the stride, and how far channels fill a tile of 128.
+    """
+    found: dict[tuple[int, ...], Layer] = {}
+    for layer in LAYERS:
+        k, c, r, _ = layer.conv.weight
+        found.setdefault((r, layer.conv.stride[0], min(k, 128), min(c, 128)), layer)
+    return list(found.values())
+
+
+@functools.cache
+def compiled(variant: str, layer: Layer, capability: tuple[int, int], dtype: torch.dtype) -> Code:
+    """The kernel with the products, of all that this operator launches."""
+    launched = ahead_of_time.codes(capability, lambda: VARIANTS[variant].launch(layer, dtype))
+    (main,) = (code for code in launched if code.count(PRODUCT[capability]))
+    return main
+
+
+def compiled_layers(
+    variant: str, capability: tuple[int, int], dtype: torch.dtype
+) -> Iterator[tuple[Layer, Code]]:
+    for layer in representatives():
+        if VARIANTS[variant].applies(layer):
+            yield layer, compiled(variant, layer, capability, dtype)
+
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+every_capability = pytest.mark.parametrize(
+    "capability", CAPABILITIES, ids=lambda capability: f"sm_{capability[0]}{capability[1]}"
+)
+dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+
+
+@every_variant
+@every_capability
+@dtypes
+def test_no_kernel_spills_and_every_block_fits(
+    variant: str, capability: tuple[int, int], dtype: torch.dtype
+) -> None:
+    layers = list(compiled_layers(variant, capability, dtype))
+    assert [str(layer) for layer, code in layers if code.spills] == []
+    limit = SHARED_BYTES[capability]
+    assert [str(layer) for layer, code in layers if code.shared_bytes > limit] == []
+
+
+@every_variant
+@every_capability
+def test_products_of_16_bit_floats_use_the_tensor_cores(
+    variant: str, capability: tuple[int, int]
+) -> None:
+    """Also behind a prologue: its operand goes to the product through registers."""
+    for layer, code in compiled_layers(variant, capability, torch.bfloat16):
+        assert code.count(PRODUCT[capability]) > 0, layer
+
+
+@pytest.mark.parametrize("variant", ["conv_bn_relu", "conv_stats", "conv_dgrad"])
+def test_hopper_loops_feed_the_tensor_cores_from_shared_memory(variant: str) -> None:
+    """Nothing passes through registers on the way: TMA writes what wgmma reads."""
+    looked_at = 0
+    for layer, code in compiled_layers(variant, HOPPER, torch.bfloat16):
+        if layer.is_stem or not steps_are_many(layer, variant):
+            continue
+        looked_at += 1
+        assert code.count_in_loop("HGMMA") > 0, layer
+        assert code.count_in_loop("LDSM", "LDS", "STS") == 0, layer
+        assert not any(from_registers(each) for each in code.loop), layer
+        assert code.count_in_loop("UTMALDG") == 2, layer
+        kind = "UTMALDG.2D" if layer.is_1x1 else "UTMALDG.4D"
+        kind = "UTMALDG.5D" if layer.conv.stride == (2, 2) and variant != "conv_dgrad" else kind
+        assert code.count_in_loop(kind) >= 1, layer
+    assert looked_at >= 4
+
+
+def test_ampere_loops_copy_16_bytes_at_a_time() -> None:
+    for variant in ("conv_bn_relu", "conv_stats", "conv_dgrad", "conv_wgrad"):
+        for layer, code in compiled_layers(variant, AMPERE, torch.bfloat16):
+            if layer.is_stem or not steps_are_many(layer, variant):
+                continue
+            copies = code.count_in_loop("LDGSTS")
+            assert copies > 0, (variant, layer)
+            assert copies == wide_copies(code), (variant, layer)
+
+
+def test_the_stem_is_copied_in_4_bytes_and_used_in_tensor_cores() -> None:
+    """Its three channels allow no more; element by element, it would be slow."""
+    (layer,) = (layer for layer in LAYERS if layer.is_stem)
+    for capability in CAPABILITIES:
+        code = compiled("conv_bn_relu", layer, capability, torch.bfloat16)
+        assert code.count("LDG.E.U16", "LDG.E.U16.CONSTANT") == 0
+
+
+def steps_are_many(layer: Layer, variant: str) -> bool:
+    """Whether the loop is one: short ones are unrolled."""
+    k, c, r, _ = layer.conv.weight
+    summed = k if variant == "conv_dgrad" else c
+    return variant == "conv_wgrad" or r * r * summed > 4 * 64
+
+
+def from_registers(instruction: str) -> bool:
+    """Whether a wgmma takes an operand from registers, not by a descriptor of shared memory."""
+    return re.search(r"HGMMA\S*\s+R\d+, R\d+, gdesc", instruction) is not None
+
+
+def wide_copies(code: Code) -> int:
+    return sum("LDGSTS" in each and ".128" in each for each in code.loop)
