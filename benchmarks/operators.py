@@ -9,18 +9,24 @@ from typing import NamedTuple, TypeVar
 import torch
 from harness import Harness, Work, choices, parser, skipped
 from plot import plot_folder
+from roofline import parsed
 from torch import Tensor
 from torch.nn import functional as F
 
 import resnet_fused as rf
 from resnet_fused import backends
-from resnet_fused.commands import baselines, networks, verify
+from resnet_fused.commands import baselines, networks, numerics, verify
 from resnet_fused.commands.cases import EPS, MOMENTUM, Case, Shapes, cases, layer_shapes, run_case
-from resnet_fused.commands.numerics import Check, short_name
+from resnet_fused.commands.numerics import Check, Subject, short_name
 
 # "fused" is the operator as it comes; the others of ours are that operator on one backend.
 OURS = ("fused", "reference", "cpu", "cuda", "triton")
-PROVIDERS = ("eager", "compile", "cudnn", *OURS)
+COMPILED = {"compile": {}, "compile_max_autotune": {"max_autotune": True}}
+PROVIDERS = ("eager", *COMPILED, "cudnn", *OURS)
+MODES = ("forward", "backward")
+# cuDNN's convolution may be wrong by this many times what ours may: it takes weights that the scale
+# was folded into, which rounds them once more.
+FOLDED_FACTOR = 2.0
 T = TypeVar("T")
 
 
@@ -29,6 +35,7 @@ class Provider(NamedTuple):
 
     function: Callable[..., Tensor]
     backend: str | None = None
+    modes: tuple[str, ...] = MODES
 
 
 def benchmark(
@@ -44,6 +51,8 @@ def benchmark(
     """
     arguments = _parser(description).parse_args()
     harness = Harness(arguments)
+    # The first call with a new shape tries what cuDNN has, for every provider that uses it.
+    torch.backends.cudnn.benchmark = harness.device.type == "cuda"
     shapes = _shapes(arguments)
     for dtype in (verify.DTYPES[name] for name in arguments.dtype):
         found = cases(shapes, dtype, harness.device, (operator,))
@@ -98,12 +107,12 @@ def _occurs(case: Case, shapes: Shapes) -> bool:
 def _checked_providers(
     case: Case, dtype: torch.dtype, wanted: list[str]
 ) -> tuple[dict[str, Provider], list[Check]]:
-    """Providers that can run here, except "compile", and what was compared with float64 of ours."""
+    """Providers that can run here, except compiled ones, and what was compared of ours."""
     providers = {"eager": Provider(_eager(case))}
     checks: list[Check] = []
     if "cudnn" in wanted:
         try:
-            providers["cudnn"] = Provider(_cudnn(case, dtype))
+            providers["cudnn"] = _cudnn(case, dtype)
         except baselines.UnavailableError as reason:
             skipped("cudnn", reason)
     device_type = case.tensors["x"].device.type
@@ -125,16 +134,27 @@ def _eager(case: Case) -> Callable[..., Tensor]:
     return eager
 
 
-def _cudnn(case: Case, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Batch norm by cuDNN, called by its name, with PyTorch's sum and ReLU behind it.
+def _cudnn(case: Case, dtype: torch.dtype) -> Provider:
+    """What cuDNN fuses itself, called by its name.
 
-    Eager takes this batch norm or PyTorch's own, by a rule that changes from version to version.
-    Raises UnavailableError where it does not run, or computes something else.
+    Raises UnavailableError where it has none, does not run, or computes something else.
     """
-    if case.operator != "bn_relu":
+    builders = {"bn_relu": _cudnn_batch_norm, "conv_bn_relu": _cudnn_convolution}
+    if case.operator not in builders:
         raise baselines.UnavailableError(f"it has nothing for {case.operator} alone")
     if not (case.tensors["x"].is_cuda and torch.backends.cudnn.is_available()):
         raise baselines.UnavailableError("there is no cuDNN for these tensors")
+    try:
+        return builders[case.operator](case, dtype)
+    except RuntimeError as error:
+        raise baselines.UnavailableError(f"cuDNN fails: {error}") from error
+
+
+def _cudnn_batch_norm(case: Case, dtype: torch.dtype) -> Provider:
+    """Batch norm by cuDNN, with PyTorch's sum and ReLU behind it.
+
+    Eager takes this batch norm or PyTorch's own, by a rule that changes from version to version.
+    """
     training = in_training(case)
 
     def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
@@ -148,43 +168,79 @@ def _cudnn(case: Case, dtype: torch.dtype) -> Callable[..., Tensor]:
             total = total + other
         return F.relu_(total)
 
-    try:
-        checks = run_case(case._replace(fused=cudnn), dtype)
-    except RuntimeError as error:
-        raise baselines.UnavailableError(f"cuDNN's batch norm fails: {error}") from error
-    wrong = [check for check in checks if not check.passed]
-    if wrong:
+    for check in run_case(case._replace(fused=cudnn), dtype):
+        _refuse_wrong(check, check.allowed)
+    return Provider(cudnn)
+
+
+def _cudnn_convolution(case: Case, dtype: torch.dtype) -> Provider:
+    """Convolution, shortcut and ReLU in one call of cuDNN: the strongest baseline in inference.
+
+    The scale is folded into the weight beforehand, as a deployed network has it.
+    """
+    layer = parsed(case.label)
+    if layer is None:
+        raise baselines.UnavailableError(f"the geometry of {case.label!r} is not known")
+    conv = layer.conv
+    geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+    scale = case.tensors["scale"].view(-1, 1, 1, 1)
+    folded = (case.tensors["weight"] * scale).to(dtype, memory_format=torch.channels_last)
+    bias = case.tensors["shift"].to(dtype)
+
+    def cudnn(x: Tensor, *tensors: Tensor) -> Tensor:
+        if layer.residual:
+            arguments = x, folded, tensors[3], 1.0, bias, *geometry
+            return torch.ops.aten.cudnn_convolution_add_relu(*arguments)
+        return torch.ops.aten.cudnn_convolution_relu(x, folded, bias, *geometry)
+
+    with torch.no_grad():
+        tensors = case.tensors.values()
+        exact = case.before_relu(*(tensor.double() for tensor in tensors)).relu()
+        eager = _eager(case)(*tensors)
+        subject = Subject(case.operator, case.label, dtype)
+        check = numerics.check(subject, "out", cudnn(*tensors), eager, exact)
+    _refuse_wrong(check, FOLDED_FACTOR * check.allowed)
+    return Provider(cudnn, modes=("forward",))
+
+
+def _refuse_wrong(check: Check, allowed: float) -> None:
+    if not check.error <= allowed:
         raise baselines.UnavailableError(
-            f"its {wrong[0].tensor} is off by {wrong[0].error:.1e}"
-            f" where {wrong[0].allowed:.1e} is allowed"
+            f"its {check.tensor} is off by {check.error:.1e} where {allowed:.1e} is allowed"
         )
-    return cudnn
 
 
 def _prepared(
     providers: dict[str, Provider], case: Case, mode: str, wanted: list[str]
 ) -> dict[str, Callable[[], object]]:
     prepare = _forward if mode == "forward" else _backward
-    calls = {
-        name: _under(provider.backend, _under(provider.backend, prepare)(provider.function, case))
-        for name, provider in providers.items()
-    }
-    if "compile" in wanted:
+    calls = {}
+    for name, provider in providers.items():
+        if mode not in provider.modes:
+            skipped(name, f"it has no {mode} pass of {case.operator}")
+            continue
+        call = _under(provider.backend, prepare)(provider.function, case)
+        calls[name] = _under(provider.backend, call)
+    for name, options in COMPILED.items():
+        if name not in wanted:
+            continue
         try:
-            calls["compile"] = _compiled(prepare, case)
+            calls[name] = _compiled(prepare, case, options)
         except (baselines.UnavailableError, RuntimeError) as reason:
-            skipped("compile", reason)
+            skipped(name, reason)
     return {name: calls[name] for name in PROVIDERS if name in calls}
 
 
 def _compiled(
-    prepare: Callable[[Callable[..., Tensor], Case], Callable[[], object]], case: Case
+    prepare: Callable[[Callable[..., Tensor], Case], Callable[[], object]],
+    case: Case,
+    options: dict[str, bool],
 ) -> Callable[[], object]:
     baselines.need_compiler(case.tensors["x"].device)
     # Each case anew: after some others of the same code, Dynamo would generalise the shapes, and
     # later give up without a word.
     torch._dynamo.reset()
-    call = prepare(torch.compile(_eager(case), dynamic=False), case)
+    call = prepare(torch.compile(_eager(case), dynamic=False, options=options), case)
     call()
     return call
 
@@ -231,7 +287,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--model", default="resnet50", choices=networks.NAMES)
     result.add_argument("--size", type=int, default=224, help="height and width of the images")
     result.add_argument("--batch", type=int, default=8)
-    result.add_argument("--mode", type=choices("forward", "backward"), default="forward,backward")
+    result.add_argument("--mode", type=choices(*MODES), default="forward,backward")
     result.add_argument("--dtype", type=choices(*verify.DTYPES), default="float32,bfloat16")
     result.add_argument(
         "--providers", type=choices(*PROVIDERS), default="eager,compile,fused",

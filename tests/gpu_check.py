@@ -33,7 +33,12 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZED = "test_cuda_kernels.py"
 SANITIZER_FOUND = 86  # no exit status of pytest
 ON_GPU = "of these on the GPU"
-BENCHMARKS = ("bench_add_relu.py", "bench_bn_relu.py")
+# Convolutions are compared as they run in inference, which is where cuDNN fuses what we fuse.
+BENCHMARKS = {
+    "bench_add_relu.py": ("eager,compile,cudnn,cuda,triton", "forward,backward"),
+    "bench_bn_relu.py": ("eager,compile,cudnn,cuda,triton", "forward,backward"),
+    "bench_conv_bn_relu.py": ("eager,compile_max_autotune,cudnn,triton", "forward"),
+}
 
 
 class RefusedError(Exception):
@@ -177,12 +182,13 @@ def run_sanitizers(setting: Setting) -> list[Outcome]:
 def run_benchmarks(setting: Setting) -> list[Outcome]:
     options = setting.arguments
     outcomes = []
-    for script in BENCHMARKS:
+    for script, (providers, modes) in BENCHMARKS.items():
         # Named as in README.md: rows of results hold this command.
         command = [
             *(sys.executable, f"benchmarks/{script}", "--device", "cuda"),
             *("--batch", str(options.batch), "--dtype", options.dtype),
-            *("--providers", options.providers, "--seconds", str(options.seconds)),
+            *("--providers", options.providers or providers, "--mode", modes),
+            *("--seconds", str(options.seconds)),
             *(("--match", options.match) if options.match else ()),
             *(("--limit", str(options.limit)) if options.limit else ()),
             *(("--out", str(options.out.resolve())) if options.out else ()),
@@ -266,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     benchmarks = result.add_argument_group("benchmarks")
     benchmarks.add_argument("--batch", type=int, default=256)
     benchmarks.add_argument("--dtype", default="bfloat16", help="default %(default)s")
-    benchmarks.add_argument("--providers", default="eager,compile,cudnn,cuda")
+    benchmarks.add_argument("--providers", help="instead of those that each benchmark compares")
     benchmarks.add_argument(
         "--seconds", type=float, default=0.3, help="per comparison, default %(default)s"
     )

@@ -14,11 +14,13 @@ import emulation
 import pytest
 import torch
 from numerics import missing
+from torch import Tensor
+from torch.nn import functional as F
 
 import resnet_fused as rf
 from resnet_fused import _extension
-from resnet_fused.commands import networks, timing
-from resnet_fused.commands.cases import Case, Shapes, cases, layer_shapes
+from resnet_fused.commands import baselines, networks, timing
+from resnet_fused.commands.cases import Case, ConvShape, Shapes, cases, layer_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -92,10 +94,83 @@ def test_backends_and_cudnn_as_providers(run: Callable[..., Done], tmp_path: Pat
     assert "skipped cuda: it does not run bn_relu on cpu" in done.err
 
 
+def conv_cases() -> list[Case]:
+    """A strided and a grouped convolution, each with and without residual."""
+    geometry = (2, 2), (1, 1), (1, 1)
+    strided = ConvShape((2, 8, 9, 7), (12, 8, 3, 3), *geometry, 1)
+    grouped = ConvShape((2, 8, 9, 7), (12, 2, 3, 3), *geometry, 4)
+    shapes = Shapes([strided, grouped], [], [])
+    return list(cases(shapes, torch.float32, torch.device("cpu"), ("conv_bn_relu",)))
+
+
+def add_fake_cudnn(monkeypatch: pytest.MonkeyPatch, error: float = 0.0) -> None:
+    """The two convolutions of cuDNN, computed by PyTorch, off by `error`."""
+
+    def convolution_relu(x: Tensor, weight: Tensor, bias: Tensor, *geometry: Any) -> Tensor:
+        return F.conv2d(x, weight, bias, *geometry).relu() + error
+
+    def convolution_add_relu(
+        x: Tensor, weight: Tensor, z: Tensor, alpha: float, bias: Tensor, *geometry: Any
+    ) -> Tensor:
+        return (F.conv2d(x, weight, bias, *geometry) + alpha * z).relu() + error
+
+    monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_relu", convolution_relu)
+    monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_add_relu", convolution_add_relu)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_cudnn_convolutions_get_folded_weights(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_fake_cudnn(monkeypatch)
+    case = conv_cases()[number]
+    provider = operators._cudnn_convolution(case, torch.float32)
+    expected = case.before_relu(*case.tensors.values()).relu()
+    torch.testing.assert_close(provider.function(*case.tensors.values()), expected)
+    assert provider.modes == ("forward",)
+
+
+def test_wrong_cudnn_convolution_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_fake_cudnn(monkeypatch, error=1e-2)
+    with pytest.raises(baselines.UnavailableError, match=r"its out is off by 1\.0e-02 where"):
+        operators._cudnn_convolution(conv_cases()[0], torch.float32)
+
+
+def test_cudnn_convolution_has_no_backward(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    add_fake_cudnn(monkeypatch)
+    case = conv_cases()[0]
+    providers = {
+        "eager": operators.Provider(operators._eager(case)),
+        "cudnn": operators._cudnn_convolution(case, torch.float32),
+    }
+    prepared = {
+        mode: list(operators._prepared(providers, case, mode, ["cudnn"]))
+        for mode in operators.MODES
+    }
+    assert prepared == {"forward": ["eager", "cudnn"], "backward": ["eager"]}
+    assert "skipped cudnn: it has no backward pass of conv_bn_relu" in capfd.readouterr().err
+
+
+def test_compile_with_max_autotune(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: list[Any] = []
+
+    def compiled(function: Callable[..., Tensor], **settings: Any) -> Callable[..., Tensor]:
+        options.append(settings["options"])
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(baselines, "need_compiler", lambda device: None)
+    wanted = ["compile_max_autotune", "compile"]
+    assert list(operators._prepared({}, conv_cases()[0], "forward", wanted)) == wanted[::-1]
+    assert options == [{}, {"max_autotune": True}]
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--providers", "cudn"), "must be of eager, compile, cudnn, fused"),
+        (("--providers", "cudn"), "must be of eager, compile, compile_max_autotune, cudnn, fused"),
         (("--dtype", "half"), "must be of float32"),
         (("--mode", "train"), "must be of forward, backward"),
     ],

@@ -70,6 +70,7 @@ def test_all_parts(programs: Programs, summary: Callable[..., tuple[int, list[st
     assert [line.split("  ")[0] for line in lines] == [
         "tests", "sanitizer memcheck", "sanitizer racecheck", "sanitizer initcheck",
         "sanitizer synccheck", "bench_add_relu", "bench_bn_relu",
+        "bench_conv_bn_relu",
     ]  # fmt: skip
     assert all(" passed " in line for line in lines)
     assert "2 passed, 1 of these on the GPU" in lines[0]
@@ -79,8 +80,10 @@ def test_all_parts(programs: Programs, summary: Callable[..., tuple[int, list[st
     assert memcheck.command[-1] == "test_cuda_kernels.py"
     assert memcheck.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
     assert bench.command[1:] == [
-        "benchmarks/bench_bn_relu.py", "--device", "cuda", "--batch", "256", "--dtype", "bfloat16",
-        "--providers", "eager,compile,cudnn,cuda", "--seconds", "0.3",
+        "benchmarks/bench_conv_bn_relu.py", "--device", "cuda",
+        "--batch", "256", "--dtype", "bfloat16",
+        "--providers", "eager,compile_max_autotune,cudnn,triton", "--mode", "forward",
+        "--seconds", "0.3",
     ]  # fmt: skip
     package = str(Path(_extension.__file__).parent.parent)
     for program in programs.started:
@@ -95,7 +98,7 @@ def test_options_reach_the_programs(
     shared = ["--part", "benchmarks", "--match", "training", "--limit", "2", "--out", str(tmp_path)]
     status, lines = summary(*own, *shared)
     assert status == 0
-    assert len(lines) == 3
+    assert len(lines) == 1 + len(gpu_check.BENCHMARKS)
     assert programs.started[0].command[-4:] == ["-k", "bn_relu", "-m", "not emulator"]
     assert programs.started[1].command[-6:] == shared[2:]
 
@@ -107,7 +110,7 @@ def test_a_failing_part_does_not_stop_the_others(
     programs.status = lambda command: 86 if "memcheck" in command else int("pytest" in command)
     status, lines = summary()
     assert status == 1
-    assert len(lines) == 7
+    assert len(lines) == 5 + len(gpu_check.BENCHMARKS)
     assert "FAILED" in lines[0]
     assert "1 failed" in lines[0]
     assert "the sanitizer found errors" in lines[1]
