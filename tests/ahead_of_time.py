@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -18,6 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime._async_compile import AsyncCompileMode
 from triton.runtime.jit import JITFunction
 
 from resnet_fused.triton_kernels import device
@@ -94,16 +96,13 @@ class _Driver:
 def compiling_for(capability: tuple[int, int]) -> Iterator[list[Any]]:
     """Launches inside, on CPU tensors, are compiled for that capability and not executed.
 
-    Yields the list of what was compiled, in the order of the launches.
+    Yields a list that holds what was compiled, in the order of the launches, when the block ends.
     """
     compiled: list[Any] = []
     run = JITFunction.run
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **named)
-        kernel = kernel.result() if hasattr(kernel, "result") else kernel
-        compiled.append(kernel)
-        return kernel
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **named))
 
     def architecture(_: torch.Tensor) -> device.Architecture:
         return device.of_capability(capability, MULTIPROCESSORS[capability])
@@ -112,15 +111,21 @@ def compiling_for(capability: tuple[int, int]) -> Iterator[list[Any]]:
         mock.patch.object(driver, "_active", _Driver(capability)),
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(device, "architecture", architecture),
+        ThreadPoolExecutor(os.cpu_count()) as executor,
+        AsyncCompileMode(executor),
     ):
         yield compiled
+    # What Triton had in memory already is no future.
+    compiled[:] = [each.result() if hasattr(each, "result") else each for each in compiled]
 
 
-def codes(capability: tuple[int, int], launch: Callable[[], object]) -> list[Code]:
-    """The machine code of every kernel that `launch()` starts."""
+def products(capability: tuple[int, int], launch: Callable[[], object]) -> list[Code]:
+    """The machine code of those kernels started by `launch()` that multiply matrices."""
     with compiling_for(capability) as compiled:
         launch()
-    return [read(kernel) for kernel in compiled]
+    found = [kernel for kernel in compiled if "mma" in kernel.asm["ptx"]]
+    with ThreadPoolExecutor(os.cpu_count()) as executor:
+        return list(executor.map(read, found))
 
 
 def read(kernel: Any) -> Code:

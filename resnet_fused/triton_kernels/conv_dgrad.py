@@ -50,7 +50,7 @@ _BY_TMA = (_WIDE, _NARROW, _SMALL)
 # mma.sync has both operands in registers: 128 x 128 would leave one program per multiprocessor.
 _BY_POINTER = (
     Configuration("gather", 128, 64, 32, warps=4, stages=4),
-    # What else is read would take 255 registers with 4 warps.
+    # With 4 warps, what else is read, or the short loop of a 1x1, would take all 255 registers.
     Configuration("gather", 128, 64, 32, warps=8, stages=4),
     Configuration("gather", 64, 64, 32, warps=4, stages=4),
     Configuration("gather", 32, 32, 64, warps=4, stages=4),
@@ -68,7 +68,8 @@ def configurations(
 ) -> tuple[Configuration, ...]:
     """Ways to compute it: the one chosen without measurements, then what is worth timing."""
     kind = _kind(problem, architecture, options)
-    pointer_rows = _BY_POINTER[1:] if options.prologue or options.residual else _BY_POINTER
+    reads_more = options.prologue or options.residual or problem.is_pointwise
+    pointer_rows = _BY_POINTER[1:] if reads_more else _BY_POINTER
     gathered = [_fitted(row, problem, dtype, architecture, options) for row in pointer_rows]
     rows = [_fitted(row, problem, dtype, architecture, options) for row in _rows(problem, options)]
     found = gathered if kind == "gather" else [row._replace(kind=kind) for row in rows]

@@ -680,8 +680,9 @@ def _of_kind(
     else:
         by_pointer = {"filter_rows": _BY_FILTER_ROW, "depthwise": _DEPTHWISE}
         table = by_pointer.get(kind, _BY_POINTER)
-    if kind == "gather" and dtype.itemsize == 4:
-        # A residual in float32 takes as many registers as the accumulator.
+    if kind == "gather" and (dtype.itemsize == 4 or architecture.generation != "ampere"):
+        # A residual in float32 takes as many registers as the accumulator, and so do operands on
+        # their way to wgmma and tcgen05.
         table = [row for row in table if row.registers != _TWO_OF_EIGHT_WARPS]
     if kind == "gather" and problem.c // problem.groups * dtype.itemsize % 4 != 0:
         # Copied value by value, each with an address: fewer of them.
@@ -713,6 +714,8 @@ def _of_table(
         stages = min(row.stages, (architecture.shared_bytes - KIB) // stage_bytes)
         if stages > 0:
             registers = row.registers
+            if architecture.generation == "blackwell" and row.warps == 4:
+                registers = None  # a thread gets a row of the accumulator, with all its kernels
             yield Configuration(kind, row.block_m, block_n, block_k, row.warps, stages, registers)
 
 
