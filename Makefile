@@ -43,10 +43,10 @@ demo: $(STAMPS)/package extension ## set up, then run the main job on real input
 # Triton runs either its interpreter or its compiler in a process. Status 5: ARGS choose no such test.
 test: $(STAMPS)/package extension ## set up, then run all tests
 	$(PY) -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(PY) -m pytest $(ARGS) -m interpreter || [ $$? -eq 5 ]
+	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(ARGS) -m interpreter || [ $$? -eq 5 ]
 
 test-interpreter: $(STAMPS)/package extension ## run the Triton kernels on the CPU only: part of the tests
-	TRITON_INTERPRET=1 $(PY) -m pytest $(ARGS) -m interpreter
+	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(ARGS) -m interpreter
 
 test-emulator: $(STAMPS)/package extension ## run the CUDA kernels on the CPU only: part of the tests
 	$(PY) -m pytest -m emulator $(ARGS)

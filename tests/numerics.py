@@ -116,38 +116,63 @@ def grid(
     shapes: Iterable[tuple[int, ...]] = (SHAPE,),
     dtypes: Iterable[torch.dtype] = DTYPES,
     layouts: Iterable[str] = DENSE_LAYOUTS,
+    interpreter: bool = True,
 ) -> list[Any]:
     """Parameters of a test: every shape, dtype and layout on every backend that runs here.
 
-    Each of the other backends is one skipped test for each dtype, with the reason.
+    Each of the other backends is one skipped test for each dtype, with the reason. In Triton's
+    interpreter, which is slow, each of them occurs, but not with all of the others, and nothing
+    with interpreter=False: test_interpreted_*.py have that.
     """
     parameters = []
     shapes, dtypes, layouts = list(shapes), list(dtypes), list(layouts)
-    for backend, dtype in itertools.product(backends.NAMES, dtypes):
-        reason = missing(operator, backend, dtype)
-        name = str(dtype).removeprefix("torch.")
-        if reason is not None:
+    for backend in backends.NAMES:
+        if backend == interpreted_backend.NAME and not interpreter:
+            continue
+        running = []
+        for dtype in dtypes:
+            reason = missing(operator, backend, dtype)
+            if reason is None:
+                running.append(dtype)
+                continue
             case, mark = (
                 Case(backend, shapes[0], dtype, layouts[0]),
                 pytest.mark.skip(reason=reason),
             )
-            parameters.append(pytest.param(case, id=f"{backend}-{name}", marks=mark))
-            continue
-        for shape, layout in itertools.product(shapes, layouts):
+            parameters.append(pytest.param(case, id=f"{backend}-{short(dtype)}", marks=mark))
+        points = itertools.product(running, shapes, layouts)
+        if backend == interpreted_backend.NAME and running:
+            count = max(len(running), len(shapes), len(layouts))
+            points = (
+                (running[i % len(running)], shapes[i % len(shapes)], layouts[-1 - i % len(layouts)])
+                for i in range(count)
+            )
+        for dtype, shape, layout in points:
             parameters.append(
                 pytest.param(
                     Case(backend, shape, dtype, layout),
-                    id=f"{backend}-{'x'.join(map(str, shape))}-{name}-{layout}",
+                    id=f"{backend}-{'x'.join(map(str, shape))}-{short(dtype)}-{layout}",
                     marks=marks_of(backend),
                 )
             )
     return parameters
 
 
-def on_backends(operator: str, dtype: torch.dtype = torch.float32) -> list[Any]:
-    """Names of the backends that run `operator` here on `dtype`, and skips for the others."""
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def on_backends(
+    operator: str, dtype: torch.dtype = torch.float32, interpreter: bool = True
+) -> list[Any]:
+    """Names of the backends that run `operator` here on `dtype`, and skips for the others.
+
+    interpreter: as in `grid`.
+    """
     names = []
     for backend in backends.NAMES:
+        if backend == interpreted_backend.NAME and not interpreter:
+            continue
         reason = missing(operator, backend, dtype)
         marks = marks_of(backend) if reason is None else [pytest.mark.skip(reason=reason)]
         names.append(pytest.param(backend, marks=marks))

@@ -161,7 +161,9 @@ def test_layouts(case: Case, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", MAIN)
-@pytest.mark.parametrize("case", grid("bn_relu", [LARGE], [torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize(
+    "case", grid("bn_relu", [LARGE], [torch.float32, torch.bfloat16], interpreter=False)
+)
 def test_real_layer(case: Case, variant: str) -> None:
     check(case, VARIANTS[variant])
 
@@ -374,7 +376,9 @@ def test_fake_is_like_real(case: Case) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("case", grid("bn_relu", dtypes=[torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize(
+    "case", grid("bn_relu", dtypes=[torch.float32, torch.bfloat16], interpreter=False)
+)
 def test_fake_is_like_real_for_all_variants(case: Case, variant: str) -> None:
     check_fake(case, VARIANTS[variant])
 

@@ -128,7 +128,7 @@ FAST = (torch.float32, torch.bfloat16)  # the other convolutions are slow on mos
 
 
 @pytest.mark.parametrize("conv", CONVS)
-@pytest.mark.parametrize("case", grid("conv_bn_relu", dtypes=FAST))
+@pytest.mark.parametrize("case", grid("conv_bn_relu", dtypes=FAST, interpreter=False))
 def test_matches_eager(case: Case, conv: str) -> None:
     check(case, CONVS[conv], residual=case.layout == "channels_last")
 
@@ -153,7 +153,7 @@ def test_without_relu(case: Case, residual: bool) -> None:
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("conv", CONVS)
-@pytest.mark.parametrize("case", grid("conv_bn_relu", dtypes=FAST))
+@pytest.mark.parametrize("case", grid("conv_bn_relu", dtypes=FAST, interpreter=False))
 def test_packed_weights_match_eager(case: Case, conv: str, inplace: bool) -> None:
     """Weights are packed when they are seen again. In channels_last eager has the same order."""
     geometry = CONVS[conv].geometry
@@ -179,7 +179,7 @@ def test_packed_weights_match_eager(case: Case, conv: str, inplace: bool) -> Non
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("conv", LAYERED)
 @pytest.mark.parametrize("dtype", FAST)
-@pytest.mark.parametrize("backend", on_backends("conv_bn_relu"))
+@pytest.mark.parametrize("backend", on_backends("conv_bn_relu", interpreter=False))
 def test_packed_weights_in_all_layouts(
     backend: str, dtype: torch.dtype, conv: str, layout: str
 ) -> None:
@@ -227,7 +227,7 @@ def test_weight_wider_than_x(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("conv", ["3x3", "grouped", "uneven"])
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("backend", on_backends("conv_bn_relu"))
+@pytest.mark.parametrize("backend", on_backends("conv_bn_relu", torch.float64))
 def test_second_derivatives(backend: str, residual: bool, conv: str) -> None:
     small = {
         "3x3": Conv((1, 2, 3, 3), 2),

@@ -152,14 +152,18 @@ def check(case: Case, conv: Conv, parts: str) -> None:
 
 
 @pytest.mark.parametrize("conv", CONVS)
-@pytest.mark.parametrize("case", grid("conv_dgrad", dtypes=FAST, layouts=["channels_last"]))
+@pytest.mark.parametrize(
+    "case", grid("conv_dgrad", dtypes=FAST, layouts=["channels_last"], interpreter=False)
+)
 def test_matches_eager(case: Case, conv: str) -> None:
     check(case, CONVS[conv], "nothing" if has_few_channels(CONVS[conv]) else "all")
 
 
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("conv", ["1x1", "strided"])
-@pytest.mark.parametrize("case", grid("conv_dgrad", dtypes=FAST, layouts=["channels_last"]))
+@pytest.mark.parametrize(
+    "case", grid("conv_dgrad", dtypes=FAST, layouts=["channels_last"], interpreter=False)
+)
 def test_parts(case: Case, conv: str, parts: str) -> None:
     check(case, CONVS[conv], parts)
 
@@ -190,7 +194,7 @@ def test_pixels_that_no_output_reads(backend: str, extra: tuple[int, int], kerne
         check(case, conv, parts)
 
 
-@pytest.mark.parametrize("backend", on_backends("conv_dgrad"))
+@pytest.mark.parametrize("backend", on_backends("conv_dgrad", interpreter=False))
 def test_repeats_bit_by_bit(backend: str) -> None:
     case, conv = Case(backend, (), torch.float32, "channels_last"), CONVS["strided"]
     tensors = tensors_of(case, conv, "all")
@@ -354,7 +358,9 @@ def arguments_of(case: Case, conv: Conv, parts: str, gradient: bool) -> tuple[An
 
 @pytest.mark.parametrize("parts", ["batch norm", "all"])
 @pytest.mark.parametrize("conv", ["strided", "1x1 image", "one channel"])
-@pytest.mark.parametrize("case", grid("conv_dgrad", dtypes=[torch.bfloat16], layouts=LAYOUTS))
+@pytest.mark.parametrize(
+    "case", grid("conv_dgrad", dtypes=[torch.bfloat16], layouts=LAYOUTS, interpreter=False)
+)
 def test_fake_is_like_real(case: Case, conv: str, parts: str) -> None:
     arguments = arguments_of(case, CONVS[conv], parts, gradient=False)
     assert_fake_is_like(case.backend, ops.conv_dgrad.default, arguments)

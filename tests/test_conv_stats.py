@@ -93,7 +93,9 @@ def check(case: Case, conv: Conv, prologue: bool) -> None:
 
 
 @pytest.mark.parametrize("conv", CONVS)
-@pytest.mark.parametrize("case", grid("conv_stats", dtypes=FAST, layouts=["channels_last"]))
+@pytest.mark.parametrize(
+    "case", grid("conv_stats", dtypes=FAST, layouts=["channels_last"], interpreter=False)
+)
 def test_matches_eager(case: Case, conv: str) -> None:
     prologue = case.dtype == torch.bfloat16 and not has_few_channels(CONVS[conv])
     check(case, CONVS[conv], prologue)
@@ -115,6 +117,7 @@ def test_layouts(case: Case, conv: str) -> None:
 def test_large_mean(backend: str) -> None:
     """A variance that is far below the square of the mean keeps its digits."""
     case, conv = Case(backend, (), torch.float32, "channels_last"), CONVS["1x1"]
+    conv = conv._replace(x=(2, 128, 5, 7))  # eager rounds sums, TF32x3 rounds each product
     x, weight = case.x(0, conv.x) + 300, weight_of(case, conv, 1).abs()
     with rf.backend(backend):
         results = conv_stats(x, weight)
@@ -125,7 +128,7 @@ def test_large_mean(backend: str) -> None:
         assert_as_accurate_as_eager(actual, plain, truth, name)
 
 
-@pytest.mark.parametrize("backend", on_backends("conv_stats"))
+@pytest.mark.parametrize("backend", on_backends("conv_stats", interpreter=False))
 def test_repeats_bit_by_bit(backend: str) -> None:
     case, conv = Case(backend, (), torch.float32, "channels_last"), CONVS["3x3"]
     tensors = tensors_of(case, conv, prologue=True)
@@ -309,7 +312,9 @@ def arguments_of(case: Case, conv: Conv, prologue: bool, gradient: bool) -> tupl
 
 
 @pytest.mark.parametrize("conv", ["strided", "1x1 image", "one channel"])
-@pytest.mark.parametrize("case", grid("conv_stats", dtypes=[torch.bfloat16], layouts=LAYOUTS))
+@pytest.mark.parametrize(
+    "case", grid("conv_stats", dtypes=[torch.bfloat16], layouts=LAYOUTS, interpreter=False)
+)
 def test_fake_is_like_real(case: Case, conv: str) -> None:
     arguments = arguments_of(case, CONVS[conv], conv == "strided", gradient=False)
     assert_fake_is_like(case.backend, ops.conv_stats.default, arguments)

@@ -71,7 +71,9 @@ def check(case: Case, conv: Conv, prologue: bool) -> None:
 
 
 @pytest.mark.parametrize("conv", CONVS)
-@pytest.mark.parametrize("case", grid("conv_wgrad", dtypes=FAST, layouts=["channels_last"]))
+@pytest.mark.parametrize(
+    "case", grid("conv_wgrad", dtypes=FAST, layouts=["channels_last"], interpreter=False)
+)
 def test_matches_eager(case: Case, conv: str) -> None:
     check(case, CONVS[conv], prologue=case.dtype == torch.bfloat16)
 
@@ -96,7 +98,7 @@ def test_many_pixels(case: Case, conv: str) -> None:
     check(case, shape, prologue=conv == "1x1")
 
 
-@pytest.mark.parametrize("backend", on_backends("conv_wgrad"))
+@pytest.mark.parametrize("backend", on_backends("conv_wgrad", interpreter=False))
 def test_repeats_bit_by_bit(backend: str) -> None:
     conv = CONVS["3x3"]._replace(x=(3, 16, 29, 31))
     case = Case(backend, (), torch.float32, "channels_last")

@@ -69,7 +69,7 @@ def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", on_backends("bn_relu"))
+@pytest.mark.parametrize("backend", on_backends("bn_relu", interpreter=False))
 def test_same_bits_twice(backend: str, dtype: torch.dtype, variant: str) -> None:
     results = []
     with rf.backend(backend):

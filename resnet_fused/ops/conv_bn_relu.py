@@ -236,9 +236,11 @@ def _backward_kernel(
         *(weight, scale, to_format(out, format_), has_residual, *geometry),
     )
     grad_weight = _convolution.with_strides_of(weight, grad_weight)
+    if has_residual:
+        grad_residual = grad_residual.contiguous(memory_format=format_)
     if grad_residual is grad_out:  # outputs never alias arguments
         grad_residual = grad_residual.clone()
-    return (grad_x, grad_weight, *grads, grad_residual)
+    return (grad_x.contiguous(memory_format=format_), grad_weight, *grads, grad_residual)
 
 
 def _backward_fake(

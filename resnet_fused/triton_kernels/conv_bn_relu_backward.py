@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.layout import memory_format, to_format
+from resnet_fused.layout import to_format
 from resnet_fused.triton_kernels import convolution, device, reductions, tiles
 from resnet_fused.triton_kernels.conv_dgrad import conv_dgrad
 from resnet_fused.triton_kernels.conv_wgrad import scaled_wgrad
@@ -66,7 +66,7 @@ def conv_bn_relu_backward(
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_x, grad_weight, grad_shift, grad_residual), activations in the format of x."""
+    """(grad_x, grad_weight, grad_shift, grad_residual), activations in channels_last."""
     grad, grad_shift = _relu_backward(grad_out, out)
     factors = convolution.vector(scale)
     scaled = (weight.to(torch.float32) * factors.view(-1, 1, 1, 1)).to(x.dtype)
@@ -74,14 +74,8 @@ def conv_bn_relu_backward(
     around = (None,) * 8
     grad_x, *_ = conv_dgrad(grad, scaled, x.shape[2:], *around, *geometry)
     grad_weight = scaled_wgrad(grad, x, weight, None, None, factors, geometry)
-    format_ = memory_format(x)
-    grad_residual = to_format(grad, format_) if has_residual else None
-    return (
-        grad_x.contiguous(memory_format=format_),
-        grad_weight,
-        grad_shift.to(scale.dtype),
-        x.new_empty(0) if grad_residual is None else grad_residual,
-    )
+    grad_residual = grad if has_residual else x.new_empty(0)
+    return grad_x, grad_weight, grad_shift.to(scale.dtype), grad_residual
 
 
 def _relu_backward(grad_out: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
