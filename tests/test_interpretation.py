@@ -68,6 +68,15 @@ def test_access_out_of_bounds(argument: str) -> None:
     kernels.copy_kernel[(1,)](x, out, 16, 16)
 
 
+@pytest.mark.parametrize("value", [2**30, -(2**30) - 1])
+def test_integers_that_overflow(value: int) -> None:
+    x = torch.full((4,), value, dtype=torch.int32)
+    with pytest.raises(Exception, match="int32 overflows in add"):
+        kernels.add_kernel[(1,)](x, torch.empty_like(x), 4)
+    kernels.add_kernel[(1,)](x // 2, x, 4)
+    assert x.tolist() == [value // 2 * 2] * 4
+
+
 def test_two_programs_that_write_one_element() -> None:
     with pytest.raises(AccessError, match="same_place_kernel: two programs write"):
         kernels.same_place_kernel[(2,)](torch.zeros(1, dtype=torch.int32))
