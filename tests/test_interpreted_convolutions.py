@@ -361,6 +361,55 @@ class TestConvStats:
         assert mean.tolist() == m2.tolist() == [0.0] * 24
 
 
+class TestPersistent:
+    """The same parts of the output, several of them by each program."""
+
+    CONV = Conv((3, 72, 20, 16), 136, (1, 1), padding=NO_PADDING, by_tma="rows")
+
+    def configurations(self, tensors: Draw, generation: str = "hopper") -> list[Any]:
+        problem = conv_problem(tensors.x, tensors.weight, *self.CONV.geometry)
+        with interpreted_backend.generation(generation):
+            architecture = device.architecture(tensors.x)
+            found = convolution.configurations(problem, tensors.x.dtype, architecture)
+        return [each for each in found if each.persistent]
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_conv_bn_relu(self, dtype: torch.dtype) -> None:
+        tensors = draw(self.CONV, dtype, residual=True)
+        first, *others = self.configurations(tensors)
+        check_conv_bn_relu(self.CONV, tensors, configuration=first)
+        for each in (first, *others):
+            out = conv_bn_relu(self.CONV, tensors, configuration=each)
+            once = each._replace(persistent=False)
+            assert torch.equal(out, conv_bn_relu(self.CONV, tensors, configuration=once))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_conv_stats(self, dtype: torch.dtype) -> None:
+        tensors = draw(self.CONV, dtype)
+        scale, shift = normal((2, 72), 5).float().unbind()
+        for prologue in ((), (scale, shift)):
+            arguments = tensors.x, tensors.weight, *prologue
+            first, *others = self.configurations(tensors)
+            check_conv_stats(self.CONV, *arguments, configuration=first)
+            for each in (first, *others):
+                results = conv_stats(self.CONV, *arguments, configuration=each)
+                once = each._replace(persistent=False)
+                expected = conv_stats(self.CONV, *arguments, configuration=once)
+                assert all(map(torch.equal, results, expected))
+
+    def test_where_it_is_offered(self) -> None:
+        tensors = draw(self.CONV, torch.bfloat16)
+        problem = conv_problem(tensors.x, tensors.weight, *self.CONV.geometry)
+        out = torch.empty(self.CONV.out, dtype=torch.bfloat16)
+        for each in self.configurations(tensors):
+            plan = convolution.plan(problem, *tensors[:2], out, configuration=each)
+            once = each._replace(persistent=False)
+            parts = convolution.plan(problem, *tensors[:2], out, configuration=once).programs
+            assert parts >= 2 * plan.programs == 2 * interpreted_backend.MULTIPROCESSORS
+        assert self.configurations(tensors, "blackwell") == []
+        assert self.configurations(tensors._replace(x=tensors.x[:1, :, :8, :8])) == []
+
+
 class TestPlan:
     @pytest.mark.parametrize("generation", ["ampere", "hopper", "blackwell"])
     @pytest.mark.parametrize("name", CONVS)

@@ -33,7 +33,40 @@ def _conv_bn_relu_kernel(
     LOOP: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    tile, group, k0 = convolution.place(LOOP)
+    if LOOP.persistent:
+        parts = convolution.parts(N, P, Q, LOOP)
+        first, programs = tl.program_id(0), tl.num_programs(0)
+        for part in tl.range(first, parts, programs, num_stages=LOOP.stages, flatten=True):
+            _compute_part(
+                *(part, x, weight, out, residual, scale_ptr, shift_ptr),
+                *(N, H, W, P, Q, steps, LOOP, RELU),
+            )
+    else:
+        _compute_part(
+            *(tl.program_id(0), x, weight, out, residual, scale_ptr, shift_ptr),
+            *(N, H, W, P, Q, steps, LOOP, RELU),
+        )
+
+
+@triton.jit
+def _compute_part(
+    part,
+    x,
+    weight,
+    out,
+    residual,
+    scale_ptr,
+    shift_ptr,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    steps,
+    LOOP: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    tile, group, k0 = convolution.place(part, LOOP)
     acc = convolution.accumulate(x, weight, None, None, tile, group, k0, N, H, W, P, Q, steps, LOOP)
     kernels, exists = convolution.kernels_of(group, k0, LOOP)
     scale = tl.load(scale_ptr + kernels, mask=exists, other=0.0)

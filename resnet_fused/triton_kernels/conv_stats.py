@@ -35,7 +35,42 @@ def _conv_stats_kernel(
     WHOLE: tl.constexpr,
 ):
     """counts: (tiles,); means, m2s: (tiles, K). WHOLE: every pixel of every tile exists."""
-    tile, group, k0 = convolution.place(LOOP)
+    if LOOP.persistent:
+        parts = convolution.parts(N, P, Q, LOOP)
+        first, programs = tl.program_id(0), tl.num_programs(0)
+        for part in tl.range(first, parts, programs, num_stages=LOOP.stages, flatten=True):
+            _compute_part(
+                *(part, x, weight, y, scale_ptr, shift_ptr, counts_ptr, means_ptr, m2s_ptr),
+                *(N, H, W, P, Q, steps, LOOP, WHOLE),
+            )
+    else:
+        _compute_part(
+            *(tl.program_id(0), x, weight, y, scale_ptr, shift_ptr),
+            *(counts_ptr, means_ptr, m2s_ptr, N, H, W, P, Q, steps, LOOP, WHOLE),
+        )
+
+
+@triton.jit
+def _compute_part(
+    part,
+    x,
+    weight,
+    y,
+    scale_ptr,
+    shift_ptr,
+    counts_ptr,
+    means_ptr,
+    m2s_ptr,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    steps,
+    LOOP: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    tile, group, k0 = convolution.place(part, LOOP)
     acc = convolution.accumulate(
         x, weight, scale_ptr, shift_ptr, tile, group, k0, N, H, W, P, Q, steps, LOOP
     )

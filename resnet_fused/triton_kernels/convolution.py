@@ -8,7 +8,7 @@ matrix of input patches to memory.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -41,7 +41,8 @@ class Configuration(NamedTuple):
 
     block_m pixels by block_n kernels per program, block_k channels per step; registers: of a
     thread at most, so that more programs share a multiprocessor; assembly: whether the prologue
-    may use it.
+    may use it; persistent: one program per multiprocessor takes tile after tile, and reads the next
+    one, and its residual, while it finishes one.
     """
 
     kind: Kind
@@ -52,6 +53,7 @@ class Configuration(NamedTuple):
     stages: int
     registers: int | None = None
     assembly: bool = True
+    persistent: bool = False
 
 
 class _Row(NamedTuple):
@@ -130,18 +132,25 @@ class Loop:
     early: int  # values in front of it that are read for that
     prologue: bool
     assembly: bool
+    persistent: bool
     precision: str
 
 
 @triton.jit
-def place(LOOP: tl.constexpr):
-    """(tile, group, k0) of this program: its tile of pixels, its group and its first kernel.
+def parts(N, P, Q, LOOP: tl.constexpr):
+    """Into how many parts the output is cut, where `persistent`: programs of any other kernel."""
+    return tl.cdiv(N * P * Q, LOOP.block_m) * LOOP.kernel_blocks
+
+
+@triton.jit
+def place(part, LOOP: tl.constexpr):
+    """(tile, group, k0) of a part of the output: its tile of pixels, its group, its first kernel.
 
     Kernels run fastest, so that the pixels of a tile are read from memory once.
     """
     blocks: tl.constexpr = LOOP.k // LOOP.group_k * LOOP.kernel_blocks
-    tile = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
+    tile = part // blocks
+    block = part % blocks
     group = block // LOOP.kernel_blocks
     return tile, group, group * LOOP.group_k + block % LOOP.kernel_blocks * LOOP.block_n
 
@@ -578,9 +587,11 @@ def configurations(
     """
     kind = _kind(problem, dtype, architecture, fits_tma)
     found = [*_of_kind(kind, problem, dtype, architecture)]
-    busy = [each for each in found if _programs(problem, each) >= architecture.multiprocessors]
+    busy = [each for each in found if _parts(problem, each) >= architecture.multiprocessors]
     first = (busy or found[-1:])[0]
     free = [each._replace(registers=None) for each in found if each.registers]
+    if kind == "rows":
+        free += _persistent(found, problem, dtype, architecture)
     if kind in TMA_KINDS:
         free += _of_table(_BY_TMA_TO_TIME, kind, problem, dtype, architecture)
         free += _of_kind("gather", problem, dtype, architecture)
@@ -719,6 +730,24 @@ def _of_table(
             yield Configuration(kind, row.block_m, block_n, block_k, row.warps, stages, registers)
 
 
+def _persistent(
+    found: Iterable[Configuration],
+    problem: ConvProblem,
+    dtype: torch.dtype,
+    architecture: Architecture,
+) -> Iterator[Configuration]:
+    """Where every multiprocessor gets two parts or more, and shared memory holds two of them.
+
+    Not for Blackwell: Triton 3.6 cannot compile some of them.
+    """
+    for each in found if architecture.generation == "hopper" else ():
+        stage = (each.block_m + each.block_n) * each.block_k + each.block_m * each.block_n
+        stages = min(each.stages, (architecture.shared_bytes - KIB) // (stage * dtype.itemsize))
+        enough = _parts(problem, each) >= 2 * architecture.multiprocessors
+        if enough and stages >= 2:
+            yield each._replace(stages=stages, registers=None, persistent=True)
+
+
 def _block_k(row: _Row, channels: int, dtype: torch.dtype) -> int:
     """As many bytes for every dtype, but not many more channels than there are."""
     if row.block_k == 1:
@@ -752,7 +781,7 @@ def _tiles(problem: ConvProblem, configuration: Configuration) -> int:
     return triton.cdiv(problem.rows, configuration.block_m)
 
 
-def _programs(problem: ConvProblem, configuration: Configuration) -> int:
+def _parts(problem: ConvProblem, configuration: Configuration) -> int:
     groups = 1 if configuration.kind == "depthwise" else problem.groups
     blocks = groups * triton.cdiv(problem.k // groups, configuration.block_n)
     return _tiles(problem, configuration) * blocks
@@ -824,6 +853,7 @@ def _plan(
         early=early,
         prologue=prologue,
         assembly=inline_assembly and configuration.assembly and dtype.itemsize == 2,
+        persistent=configuration.persistent,
         precision=precision,
     )
     options = {
@@ -839,5 +869,7 @@ def _plan(
     tiles_ = _tiles(problem, configuration)
     whole = tiles_ * configuration.block_m == problem.rows
     x, weight, out = _views(problem, loop)
-    programs = _programs(problem, configuration)
+    programs = _parts(problem, configuration)
+    if configuration.persistent:
+        programs = min(programs, architecture.multiprocessors)
     return Plan(loop, x, weight, out, tiles_, whole, programs, sizes, options)
