@@ -1,6 +1,6 @@
 """One more backend for the tests: the Triton kernels, run on CPU tensors by Triton's interpreter.
 
-It exists in processes that were started with TRITON_INTERPRET=1.
+It exists in processes that were started with TRITON_INTERPRET=1, if there is Triton.
 """
 
 import contextlib
@@ -9,14 +9,15 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from resnet_fused import backends, triton_kernels
 
 NAME = "interpreted"
-ENABLED = os.environ.get("TRITON_INTERPRET") == "1"
+ENABLED = os.environ.get("TRITON_INTERPRET") == "1" and triton_kernels.unavailable() is None
+# For modules that call launchers, where they are skipped.
+REASON = triton_kernels.unavailable() or "runs with TRITON_INTERPRET=1 (make test)"
 MULTIPROCESSORS = 5  # few, so that small tensors take more than one turn
 CAPABILITIES = {"ampere": (8, 0), "hopper": (9, 0), "blackwell": (10, 0)}
 _capability = CAPABILITIES["hopper"]
@@ -55,14 +56,6 @@ def generation(name: str) -> Iterator[None]:
         yield
     finally:
         _capability = previous
-
-
-def mark() -> list[pytest.MarkDecorator]:
-    """For tests that call launchers: they belong to the process with the interpreter."""
-    return [
-        pytest.mark.interpreter,
-        pytest.mark.skipif(not ENABLED, reason="runs with TRITON_INTERPRET=1 (make test)"),
-    ]
 
 
 def _resolve(operator: str) -> Callable[[], Callable[..., Any]]:

@@ -6,13 +6,13 @@ import interpreted_backend
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed")
-pytestmark = interpreted_backend.mark()
-if interpreted_backend.ENABLED:
-    import interpreted_kernels as kernels
-    from interpretation import AccessError
+if not interpreted_backend.ENABLED:
+    pytest.skip(interpreted_backend.REASON, allow_module_level=True)
+import interpreted_kernels as kernels
+from interpretation import AccessError
 
-    interpreted_backend.install()
+pytestmark = pytest.mark.interpreter
+interpreted_backend.install()
 
 
 def test_bfloat16_is_rounded_to_nearest_even() -> None:

@@ -20,23 +20,24 @@ from torch import Tensor
 from resnet_fused import reference
 from resnet_fused.layout import mask_shape
 
-pytestmark = interpreted_backend.mark()
+if not interpreted_backend.ENABLED:
+    pytest.skip(interpreted_backend.REASON, allow_module_level=True)
 
-if interpreted_backend.ENABLED:
-    interpreted_backend.install()
-    import interpretation
+import interpretation
 
-    from resnet_fused.triton_kernels import activations, device, reductions
-    from resnet_fused.triton_kernels import add_relu as add_relu_module
-    from resnet_fused.triton_kernels import bn_relu as forward_module
-    from resnet_fused.triton_kernels import bn_relu_backward as backward_module
+from resnet_fused.triton_kernels import activations, device, reductions
+from resnet_fused.triton_kernels import add_relu as add_relu_module
+from resnet_fused.triton_kernels import bn_relu as forward_module
+from resnet_fused.triton_kernels import bn_relu_backward as backward_module
 
-    # Tiles of a few hundred elements, and programs enough for every split of the reductions.
-    TINY = activations.Spread(vectors=2, columns=1, programs=4, min_tiles=2, warps=1)
-    FORWARD = forward_module.Configuration(TINY, TINY._replace(min_tiles=1))
-    BACKWARD = backward_module.Configuration(TINY, TINY._replace(min_tiles=1))
-    bn_relu = interpreted_backend.on_uninitialised_memory(forward_module.bn_relu)
-    bn_relu_backward = interpreted_backend.on_uninitialised_memory(forward_module.bn_relu_backward)
+pytestmark = pytest.mark.interpreter
+
+# Tiles of a few hundred elements, and programs enough for every split of the reductions.
+TINY = activations.Spread(vectors=2, columns=1, programs=4, min_tiles=2, warps=1)
+FORWARD = forward_module.Configuration(TINY, TINY._replace(min_tiles=1))
+BACKWARD = backward_module.Configuration(TINY, TINY._replace(min_tiles=1))
+bn_relu = interpreted_backend.on_uninitialised_memory(forward_module.bn_relu)
+bn_relu_backward = interpreted_backend.on_uninitialised_memory(forward_module.bn_relu_backward)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("channels_last", "nchw")

@@ -3,59 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import interpreted_backend
 import pytest
 import torch
 from numerics import assert_as_accurate_as_eager, normal
 from torch import Tensor
-from torch.nn import functional as F
 
 from resnet_fused import reference
 from resnet_fused.layout import mask_shape
 
-pytestmark = interpreted_backend.mark()
+if not interpreted_backend.ENABLED:
+    pytest.skip(interpreted_backend.REASON, allow_module_level=True)
 
-if interpreted_backend.ENABLED:
-    interpreted_backend.install()
-    from resnet_fused.triton_kernels import conv_dgrad as dgrad_module
-    from resnet_fused.triton_kernels import conv_wgrad as wgrad_module
-    from resnet_fused.triton_kernels import device
-    from resnet_fused.triton_kernels.conv_bn_relu_backward import conv_bn_relu_backward
-    from resnet_fused.triton_kernels.conv_dgrad import conv_dgrad
-    from resnet_fused.triton_kernels.conv_wgrad import conv_wgrad
-    from resnet_fused.triton_kernels.convolution import Configuration
+from test_interpreted_convolutions import Conv
+
+from resnet_fused.triton_kernels import conv_dgrad as dgrad_module
+from resnet_fused.triton_kernels import conv_wgrad as wgrad_module
+from resnet_fused.triton_kernels import device
+from resnet_fused.triton_kernels.conv_bn_relu_backward import conv_bn_relu_backward
+from resnet_fused.triton_kernels.conv_dgrad import conv_dgrad
+from resnet_fused.triton_kernels.conv_wgrad import conv_wgrad
+from resnet_fused.triton_kernels.convolution import Configuration
+
+pytestmark = pytest.mark.interpreter
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-
-class Conv(NamedTuple):
-    """A convolution, and how its input's gradient is read and written where TMA can do it."""
-
-    x: tuple[int, ...]
-    k: int
-    kernel: tuple[int, int] = (3, 3)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    by_tma: str = "gather"
-
-    @property
-    def geometry(self) -> tuple[Any, ...]:
-        return self.stride, self.padding, self.dilation, self.groups
-
-    @property
-    def weight(self) -> tuple[int, ...]:
-        return (self.k, self.x[1] // self.groups, *self.kernel)
-
-    @property
-    def y(self) -> tuple[int, ...]:
-        x, weight = torch.empty(self.x, device="meta"), torch.empty(self.weight, device="meta")
-        return tuple(F.conv2d(x, weight, None, *self.geometry).shape)
-
-
+# by_tma: how the gradient of the input is read and written where TMA can do it.
 CONVS = {
     "1x1": Conv((3, 24, 5, 7), 40, (1, 1), padding=(0, 0), by_tma="rows"),
     "padded 1x1": Conv((2, 16, 3, 4), 24, (1, 1), by_tma="boxes"),
@@ -115,8 +91,8 @@ def around(conv: Conv, dtype: torch.dtype, names: tuple[str, ...]) -> dict[str, 
     channels = conv.x[1]
     bits = torch.Generator().manual_seed(9)
     made = {
-        "y": activation(conv.y, 1, dtype),
-        "coefficients": normal((3, conv.k), 2).float(),
+        "y": activation(conv.out, 1, dtype),
+        "coefficients": normal((3, conv.kernels), 2).float(),
         "residual": activation(conv.x, 3, dtype),
         "x": activation(conv.x, 4, dtype),
         "scale": normal((channels,), 5).float(),
@@ -165,7 +141,7 @@ def assert_accurate(
 
 
 def dgrad_arguments(conv: Conv, dtype: torch.dtype, fusion: str) -> tuple[Any, ...]:
-    grad_y, weight = activation(conv.y, 10, dtype), normal(conv.weight, 11).to(dtype)
+    grad_y, weight = activation(conv.out, 10, dtype), normal(conv.weight, 11).to(dtype)
     options = around(conv, dtype, FUSIONS[fusion])
     return grad_y, weight, list(conv.x[2:]), *options.values(), *conv.geometry
 
@@ -194,7 +170,7 @@ def test_wgrad(conv: Conv, kind: str, prologue: bool, dtype: torch.dtype) -> Non
 
 def wgrad_arguments(conv: Conv, dtype: torch.dtype, prologue: bool) -> tuple[Any, ...]:
     named = around(conv, dtype, ("scale", "shift") if prologue else ())
-    tensors = activation(conv.y, 10, dtype), activation(conv.x, 4, dtype), normal(conv.weight, 11)
+    tensors = activation(conv.out, 10, dtype), activation(conv.x, 4, dtype), normal(conv.weight, 11)
     # A weight in float32 beside activations in 16 bits, as under autocast.
     return *tensors[:2], tensors[2].float(), named["scale"], named["shift"], *conv.geometry
 
@@ -222,8 +198,8 @@ def test_whole_tiles(generation: str) -> None:
 
 @pytest.mark.parametrize("conv", CONVS.values(), ids=CONVS)
 def test_tma_is_chosen_where_it_can_be(conv: Conv) -> None:
-    problem = dgrad_module._problem(conv.y, torch.empty(conv.weight), conv.x[2:], *conv.geometry)
-    tma = conv.x[1] % 8 == conv.k % 8 == 0
+    problem = dgrad_module._problem(conv.out, torch.empty(conv.weight), conv.x[2:], *conv.geometry)
+    tma = conv.x[1] % 8 == conv.kernels % 8 == 0
     for generation in interpreted_backend.CAPABILITIES:
         with interpreted_backend.generation(generation):
             architecture = device.architecture(torch.empty(0))
@@ -290,7 +266,7 @@ def test_no_images() -> None:
         *dgrad_arguments(conv, torch.bfloat16, "everything")
     )
     assert grad_x.shape == conv.x
-    assert grad_conv.shape == conv.y
+    assert grad_conv.shape == conv.out
     assert torch.equal(sum_grad, torch.zeros(24))
     assert torch.equal(sum_grad_x, torch.zeros(24))
     grad_weight = conv_wgrad(*wgrad_arguments(conv, torch.bfloat16, True))
@@ -320,10 +296,10 @@ def test_padding_is_zero_behind_the_relu() -> None:
 @pytest.mark.parametrize("name", ["1x1", "odd channels"])
 def test_conv_bn_relu_backward(name: str, relu: bool, dtype: torch.dtype) -> None:
     conv = CONVS[name]
-    x, out = activation(conv.x, 1, dtype), activation(conv.y, 2, dtype).relu()
+    x, out = activation(conv.x, 1, dtype), activation(conv.out, 2, dtype).relu()
     arguments = (
-        *(activation(conv.y, 3, dtype), x, normal(conv.weight, 4).float()),
-        *(normal((conv.k,), 5).float(), out if relu else None, True, *conv.geometry),
+        *(activation(conv.out, 3, dtype), x, normal(conv.weight, 4).float()),
+        *(normal((conv.kernels,), 5).float(), out if relu else None, True, *conv.geometry),
     )
     actual = assert_accurate(
         lambda *tensors, configuration: conv_bn_relu_backward(*tensors),

@@ -14,14 +14,15 @@ from torch.nn import functional as F
 
 from resnet_fused import reference
 
-pytestmark = interpreted_backend.mark()
+if not interpreted_backend.ENABLED:
+    pytest.skip(interpreted_backend.REASON, allow_module_level=True)
 
-if interpreted_backend.ENABLED:
-    interpreted_backend.install()
-    from resnet_fused.triton_kernels import conv_bn_relu as conv_bn_relu_module
-    from resnet_fused.triton_kernels import conv_stats as conv_stats_module
-    from resnet_fused.triton_kernels import convolution, device
-    from resnet_fused.triton_kernels.problem import conv_problem
+from resnet_fused.triton_kernels import conv_bn_relu as conv_bn_relu_module
+from resnet_fused.triton_kernels import conv_stats as conv_stats_module
+from resnet_fused.triton_kernels import convolution, device
+from resnet_fused.triton_kernels.problem import conv_problem
+
+pytestmark = pytest.mark.interpreter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
