@@ -20,7 +20,7 @@ if not interpreted_backend.ENABLED:
 from resnet_fused.triton_kernels import conv_bn_relu as conv_bn_relu_module
 from resnet_fused.triton_kernels import conv_stats as conv_stats_module
 from resnet_fused.triton_kernels import convolution, device
-from resnet_fused.triton_kernels.problem import conv_problem
+from resnet_fused.triton_kernels.problem import TMA_KINDS, conv_problem
 
 pytestmark = pytest.mark.interpreter
 
@@ -67,6 +67,9 @@ CONVS = {
     "strided 3x3, ragged channels": Conv((1, 24, 6, 4), 24, stride=(2, 2)),
     "strided 3x3, odd image": Conv((1, 16, 7, 5), 24, stride=(2, 2)),
     "strided 5x3": Conv((1, 16, 8, 6), 16, (5, 3), (2, 2), (2, 0), by_tma="strided_boxes"),
+    "strided, dilated": Conv(
+        (1, 16, 10, 8), 16, stride=(2, 2), padding=(2, 3), dilation=(2, 3), by_tma="strided_boxes"
+    ),
     "dilated": Conv((1, 16, 9, 8), 16, padding=(2, 3), dilation=(2, 3), by_tma="boxes"),
     "uneven": Conv((2, 16, 9, 8), 16, (3, 2), (2, 1), (0, 2), (1, 2)),
     "stem": Conv(
@@ -426,7 +429,7 @@ class TestPlan:
                     plan = convolution.plan(problem, *tensors[:2], out, residual)
                 assert plan.loop.kind == (conv.by_tma if by_tma else conv.by_pointer)
                 swaps = generation == "hopper" or residual is not None
-                assert plan.loop.swapped == (swaps and plan.loop.kind in convolution.TMA_KINDS)
+                assert plan.loop.swapped == (swaps and plan.loop.kind in TMA_KINDS)
 
     @pytest.mark.parametrize(
         ("x", "dtype", "place", "padding", "expected"),

@@ -1,4 +1,4 @@
-"""What both gradients of a convolution ask: which kernel it takes, and how TMA sees its tensors."""
+"""How TMA sees the tensors of a convolution's gradients."""
 
 import math
 from collections.abc import Sequence
@@ -7,21 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from resnet_fused.triton_kernels import device
-from resnet_fused.triton_kernels.convolution import Kind
-from resnet_fused.triton_kernels.device import Architecture
-from resnet_fused.triton_kernels.problem import ConvProblem, PixelTile
-
-
-def kind(problem: ConvProblem, architecture: Architecture, tma: bool) -> Kind:
-    """How pixels are read and written; tma: whether `device.fits_tma` holds for the tensors."""
-    if problem.groups > 1 or architecture.generation == "ampere" or not tma:
-        return "gather"
-    if problem.is_pointwise:
-        return "rows"
-    if problem.stride == (1, 1):
-        return "boxes"
-    even = problem.h % 2 == 0 and problem.w % 2 == 0
-    return "strided_boxes" if problem.stride == (2, 2) and even else "gather"
+from resnet_fused.triton_kernels.problem import ConvProblem, Kind, PixelTile
 
 
 def like_x(

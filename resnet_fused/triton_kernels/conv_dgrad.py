@@ -16,9 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.triton_kernels import boxes, convolution, device, reductions, tiles
-from resnet_fused.triton_kernels.convolution import TMA_KINDS, Configuration, Kind
+from resnet_fused.triton_kernels.convolution import Configuration
 from resnet_fused.triton_kernels.device import Architecture
-from resnet_fused.triton_kernels.problem import ConvProblem, PixelTile, pixel_tile
+from resnet_fused.triton_kernels.problem import (
+    TMA_KINDS,
+    ConvProblem,
+    Kind,
+    PixelTile,
+    kind_of_pixels,
+    pixel_tile,
+)
 from resnet_fused.triton_kernels.problem import tiles as count_tiles
 
 
@@ -83,7 +90,7 @@ def configurations(
 
 
 def _kind(problem: ConvProblem, architecture: Architecture, options: Options) -> Kind:
-    kind = boxes.kind(problem, architecture, options.tma)
+    kind = kind_of_pixels(problem, architecture, options.tma)
     if kind == "strided_boxes" and problem.c % _NARROW.block_n != 0:
         return "gather"  # a box that runs over the end of the channels writes into a neighbour
     return kind

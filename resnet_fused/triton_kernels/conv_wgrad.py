@@ -15,9 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.triton_kernels import boxes, convolution, device, tiles
-from resnet_fused.triton_kernels.convolution import TMA_KINDS, Configuration, Kind
+from resnet_fused.triton_kernels.convolution import Configuration
 from resnet_fused.triton_kernels.device import Architecture
-from resnet_fused.triton_kernels.problem import ConvProblem, PixelTile, conv_problem, pixel_tile
+from resnet_fused.triton_kernels.problem import (
+    TMA_KINDS,
+    ConvProblem,
+    Kind,
+    PixelTile,
+    conv_problem,
+    kind_of_pixels,
+    pixel_tile,
+)
 from resnet_fused.triton_kernels.problem import tiles as count_tiles
 
 # block_m kernels by block_n channels per program, block_k pixels per step (of 16-bit floats).
@@ -53,7 +61,7 @@ def configurations(
 
     tma: whether `device.fits_tma` holds for x and grad_y.
     """
-    kind = boxes.kind(problem, architecture, tma)
+    kind = kind_of_pixels(problem, architecture, tma)
     table = _BY_POINTER if kind == "gather" else _BY_TMA
     rows, columns = _result(problem, kind)
     found = []

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,14 +19,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resnet_fused.triton_kernels import device, tiles
 from resnet_fused.triton_kernels.device import KIB, Architecture
-from resnet_fused.triton_kernels.problem import ConvProblem, PixelTile, pixel_tile
+from resnet_fused.triton_kernels.problem import (
+    TMA_KINDS,
+    ConvProblem,
+    Kind,
+    PixelTile,
+    kind_of_pixels,
+    pixel_tile,
+)
 from resnet_fused.triton_kernels.problem import tiles as count_tiles
 
-# rows: a plain matrix product, read by TMA. boxes, strided_boxes: TMA reads a box of pixels for
-# each tap, with stride 1 and 2. gather: pointers, any geometry. filter_rows: pointers, few
-# channels. depthwise: pointers, one channel in and out per group.
-Kind = Literal["rows", "boxes", "strided_boxes", "gather", "filter_rows", "depthwise"]
-TMA_KINDS = ("rows", "boxes", "strided_boxes")
 # Below it a tap's channels fill less than one instruction of the tensor cores.
 _FEW_CHANNELS = 16
 _SMALLEST_DOT = 16
@@ -667,20 +669,10 @@ def _kind(
         return "gather"
     if problem.c < _FEW_CHANNELS:
         return "filter_rows"
-    aligned = fits_tma and problem.k * dtype.itemsize % 16 == 0
-    if architecture.generation == "ampere" or not aligned:
-        return "gather"
-    if problem.is_pointwise:
-        return "rows"
-    if problem.stride == (1, 1):
-        return "boxes"
-    # A step must not reach from the channels of one column into those of the next.
-    whole_steps = problem.c % _block_k(_BY_TMA[0], problem.c, dtype) == 0
-    undilated = problem.dilation == (1, 1) or (problem.r, problem.s) == (1, 1)
-    even = problem.h % 2 == 0 and problem.w % 2 == 0
-    if problem.stride == (2, 2) and undilated and even and whole_steps:
-        return "strided_boxes"
-    return "gather"
+    kind = kind_of_pixels(problem, architecture, fits_tma and problem.k * dtype.itemsize % 16 == 0)
+    if kind == "strided_boxes" and problem.c % _block_k(_BY_TMA[0], problem.c, dtype) != 0:
+        return "gather"  # a step would reach from the channels of one column into the next one's
+    return kind
 
 
 def _of_kind(

@@ -1,13 +1,20 @@
-"""The shape of a convolution, and how its pixels are cut into tiles."""
+"""The shape of a convolution, and how its pixels are read and cut into tiles."""
 
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from resnet_fused.layout import convolution_shape
+from resnet_fused.triton_kernels.device import Architecture
+
+# rows: a plain matrix product, read by TMA. boxes, strided_boxes: TMA moves a box of pixels for
+# each tap, with stride 1 and 2. gather: pointers, any geometry. filter_rows: pointers, few
+# channels. depthwise: pointers, one channel in and out per group.
+Kind = Literal["rows", "boxes", "strided_boxes", "gather", "filter_rows", "depthwise"]
+TMA_KINDS = ("rows", "boxes", "strided_boxes")
 
 
 class ConvProblem(NamedTuple):
@@ -62,6 +69,18 @@ def _conv_problem(
     n, c, h, w = x
     k, _, r, s = weight
     return ConvProblem(n, c, h, w, k, r, s, p, q, stride, padding, dilation, groups)
+
+
+def kind_of_pixels(problem: ConvProblem, architecture: Architecture, fits_tma: bool) -> Kind:
+    """How the pixels of x are read or written; fits_tma: as in `device.fits_tma`."""
+    if problem.groups > 1 or architecture.generation == "ampere" or not fits_tma:
+        return "gather"
+    if problem.is_pointwise:
+        return "rows"
+    if problem.stride == (1, 1):
+        return "boxes"
+    even = problem.h % 2 == 0 and problem.w % 2 == 0
+    return "strided_boxes" if problem.stride == (2, 2) and even else "gather"
 
 
 class PixelTile(NamedTuple):
