@@ -291,6 +291,22 @@ def test_padding_is_zero_behind_the_relu() -> None:
         assert_accurate(conv_wgrad, reference.conv_wgrad, *arguments, configuration=small(kind))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("prologue", [False, True])
+@pytest.mark.parametrize("name", ["3x3", "strided 3x3", "dilated", "uneven", "padded 1x1"])
+def test_infinity_reaches_its_own_taps_only(name: str, prologue: bool) -> None:
+    """In the last pixel, for which tiles have neighbours that grad_y has not."""
+    conv = CONVS[name]
+    grad_y, x, weight, *rest = wgrad_arguments(conv, torch.bfloat16, prologue)
+    x[0, 3, -1, -1] = float("inf")
+    if prologue:
+        rest[0].abs_()  # or the ReLU would stop it
+    expected = reference.conv_wgrad(*doubled((grad_y, x, weight, *rest))).isfinite()
+    for kind in (conv.by_tma, "gather"):
+        actual = conv_wgrad(grad_y, x, weight, *rest, configuration=small(kind))
+        assert torch.equal(actual.isfinite(), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
 @pytest.mark.parametrize("name", ["1x1", "odd channels"])

@@ -81,13 +81,12 @@ def configurations(
         block_k = max(_LEAST_DOT, row.block_k * 2 // dtype.itemsize)
         stage_bytes = (block_m + block_n) * block_k * dtype.itemsize
         stages = max(1, min(row.stages, (architecture.shared_bytes - device.KIB) // stage_bytes))
-        limited = dtype.itemsize == 2 and architecture.generation == "hopper" and not prologue
-        found.append(
-            Configuration(
-                *(kind, block_m, block_n, block_k, warps, stages),
-                registers=row.registers if limited else None,
-            )
-        )
+        made = Configuration(kind, block_m, block_n, block_k, warps, stages)
+        through_registers = prologue or _is_ragged(problem, made)
+        limited = dtype.itemsize == 2 and architecture.generation == "hopper"
+        if limited and not through_registers:
+            made = made._replace(registers=row.registers)
+        found.append(made)
     free = [each._replace(registers=None) for each in found if each.registers]
     alternatives = []
     if kind != "gather":
@@ -106,6 +105,28 @@ def _result(problem: ConvProblem, kind: Kind) -> tuple[int, int]:
 def _has_mixed_tiles(problem: ConvProblem) -> bool:
     """Whether tiles of columns have several taps in them, not whole vectors of one tap."""
     return problem.c // problem.groups % _WHOLE_VECTORS != 0
+
+
+def _tile(problem: ConvProblem, configuration: Configuration) -> tuple[PixelTile, int]:
+    """A box of pixels of the output, and how many boxes there are."""
+    pixels = configuration.block_k
+    if configuration.kind == "gather":
+        return PixelTile(1, 1, pixels), triton.cdiv(problem.rows, pixels)
+    rows = configuration.kind == "rows"
+    shape = (1, 1, problem.rows) if rows else (problem.n, problem.p, problem.q)
+    tile = pixel_tile(*shape, pixels)
+    return tile, count_tiles(*shape, tile)
+
+
+def _is_ragged(problem: ConvProblem, configuration: Configuration) -> bool:
+    """Whether TMA reads pixels of x for pixels of grad_y that do not exist, but in other taps.
+
+    grad_y is zero there, but the product with infinity would be NaN.
+    """
+    if configuration.kind in ("gather", "rows") or (problem.r, problem.s) == (1, 1):
+        return False
+    tile, _ = _tile(problem, configuration)
+    return problem.p % tile.h != 0 or problem.q % tile.w != 0
 
 
 def _side(size: int, least: int, most: int) -> int:
@@ -135,6 +156,7 @@ def _conv_wgrad_tma_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     ROWS: tl.constexpr,
+    RAGGED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -147,8 +169,12 @@ def _conv_wgrad_tma_kernel(
     """grad_y: descriptor of (N, P, Q, K); x: of (N, H, W, C), or with STRIDE 2 of its halves.
 
     partials: (splits, K, R * S * C) float32. scale_ptr, shift_ptr: (C,) float32, or None. h, w, p,
-    q: of x and grad_y; steps: tiles of pixels, of which a split has steps_per_split.
+    q: of x and grad_y; steps: tiles of pixels, of which a split has steps_per_split. RAGGED: as
+    `_is_ragged` says.
     """
+    # The operand that comes from registers must be the first one.
+    X_FIRST: tl.constexpr = scale_ptr is not None or RAGGED
+    MASKED: tl.constexpr = RAGGED or (scale_ptr is not None and PADDING_H + PADDING_W > 0)
     PIXELS: tl.constexpr = TILE_N * TILE_H * TILE_W
     K_TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     C_TILES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -163,6 +189,7 @@ def _conv_wgrad_tma_kernel(
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + channels, mask=channels < C, other=0.0)
         shift = tl.load(shift_ptr + channels, mask=channels < C, other=0.0)
+    if X_FIRST:
         acc = tl.zeros((BLOCK_C, BLOCK_K), dtype=tl.float32)
     else:
         acc = tl.zeros((BLOCK_K, BLOCK_C), dtype=tl.float32)
@@ -187,21 +214,27 @@ def _conv_wgrad_tma_kernel(
         else:
             box = x.load([image, row + down, column + right, c0])
         values = tl.reshape(box, (PIXELS, BLOCK_C))
+        keep = None
+        if MASKED:
+            row_of = row + pixel // TILE_W % TILE_H
+            column_of = column + pixel % TILE_W
+            # Padding is zero behind the ReLU.
+            source_h = row_of * STRIDE + down
+            source_w = column_of * STRIDE + right
+            inside = (source_h >= 0) & (source_h < h) & (source_w >= 0) & (source_w < w)
+            if RAGGED:
+                inside &= (row_of < p) & (column_of < q)
+            keep = inside[:, None]
         if scale_ptr is not None:
-            keep = None
-            if PADDING_H + PADDING_W > 0:
-                # Padding is zero behind the ReLU. Where grad_y has no pixel, it is zero itself.
-                source_h = (row + pixel // TILE_W % TILE_H) * STRIDE + down
-                source_w = (column + pixel % TILE_W) * STRIDE + right
-                inside = (source_h >= 0) & (source_h < h) & (source_w >= 0) & (source_w < w)
-                keep = inside[:, None]
             values = convolution.scale_shift_relu(values, scale, shift, keep, ASSEMBLY)
-            # The operand that comes from registers must be the first one.
+        elif RAGGED:
+            values = tl.where(keep, values, tl.zeros_like(values))
+        if X_FIRST:
             acc = tl.dot(values.T, gradient, acc, input_precision=PRECISION)
         else:
             acc = tl.dot(gradient.T, values, acc, input_precision=PRECISION)
 
-    if scale_ptr is not None:
+    if X_FIRST:
         acc = tl.trans(acc)
     COLUMNS: tl.constexpr = R * S * C
     at = split.to(tl.int64) * (K * COLUMNS) + tap * C
@@ -477,21 +510,18 @@ def _plan(
         "PRECISION": precision,
         **{"BLOCK_K": row.block_m, "BLOCK_C": row.block_n, "STAGES": row.stages},
     }
+    tile, steps = _tile(problem, row)
     if row.kind == "gather":
-        tile = PixelTile(1, 1, row.block_k)
-        steps = triton.cdiv(problem.rows, row.block_k)
         columns = triton.cdiv(r * s * c // groups, row.block_n)
         constants |= {
             **boxes.per_axis("STRIDE", stride),
             **{"GROUPS": groups, "POINTWISE": problem.is_pointwise, "PIXELS": row.block_k},
         }
     else:
-        shape = (1, 1, problem.rows) if row.kind == "rows" else (n, p, q)
-        tile = pixel_tile(*shape, row.block_k)
-        steps = count_tiles(*shape, tile)
         columns = r * s * triton.cdiv(c, row.block_n)
         constants |= {
             **{"STRIDE": stride[0], "ROWS": row.kind == "rows"},
+            "RAGGED": _is_ragged(problem, row),
             **{"TILE_N": tile.n, "TILE_H": tile.h, "TILE_W": tile.w},
         }
     programs = groups * triton.cdiv(k // groups, row.block_m) * columns
