@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.layout import to_format
-from resnet_fused.triton_kernels import convolution, device, tiles
+from resnet_fused.triton_kernels import boxes, convolution, device, tiles
 from resnet_fused.triton_kernels.conv_bn_relu_backward import conv_bn_relu_backward
 from resnet_fused.triton_kernels.convolution import Configuration
 from resnet_fused.triton_kernels.problem import ConvProblem, conv_problem
@@ -145,10 +145,10 @@ def _launch(
     plan = convolution.plan(problem, x, weight, out, residual, configuration=configuration)
     with device.guard(x):
         _conv_bn_relu_kernel[(plan.programs,)](
-            convolution.argument(plan.x, x),
-            convolution.argument(plan.weight, weight),
-            convolution.argument(plan.out, out),
-            convolution.argument(plan.out, residual),
+            boxes.argument(plan.x, x),
+            boxes.argument(plan.weight, weight),
+            boxes.argument(plan.out, out),
+            boxes.argument(plan.out, residual),
             convolution.vector(scale),
             convolution.vector(shift),
             *plan.sizes,

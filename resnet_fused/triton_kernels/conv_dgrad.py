@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.triton_kernels import boxes, convolution, device, reductions, tiles
+from resnet_fused.triton_kernels.boxes import View
 from resnet_fused.triton_kernels.convolution import Configuration
 from resnet_fused.triton_kernels.device import Architecture
 from resnet_fused.triton_kernels.problem import (
@@ -683,7 +684,7 @@ def conv_dgrad(
         partials_shape = (0,) if mean is None else (plan.partials, problem.c)
         partials = [grad_y.new_empty(partials_shape, dtype=torch.float32) for _ in range(2)]
         plan.kernel[plan.grid](
-            *plan.operands(*activations),
+            *map(boxes.argument, plan.views, activations),
             *(coefficients, scale, shift, mask, mean, *partials),
             *plan.sizes,
             **plan.constants,
@@ -750,38 +751,17 @@ def _form_grad_conv(grad_y: Tensor, y: Tensor, coefficients: Tensor, grad_conv: 
 class _Plan(NamedTuple):
     """A launch but for its tensors.
 
-    tile: a box of pixels; partials: rows of the partial sums; sizes: of the pixels; constants,
-    options: keywords of the launch.
+    views: of the activations and the weight, in the order of the kernels; partials: rows of the
+    partial sums; sizes: of the pixels; constants, options: keywords of the launch.
     """
 
-    problem: ConvProblem
-    configuration: Configuration
-    tile: PixelTile
+    views: tuple[View | None, ...]
     kernel: Any
     grid: tuple[int, int]
     partials: int
     sizes: tuple[int, ...]
     constants: dict[str, Any]
     options: dict[str, Any]
-
-    def operands(
-        self,
-        grad_y: Tensor,
-        y: Tensor | None,
-        grad_conv: Tensor | None,
-        weight: Tensor,
-        *inputs: Tensor | None,
-    ) -> list[Any]:
-        """Descriptors or pointers, in the order of the kernels. inputs: grad_x, residual, x."""
-        problem, (kind, _, block_n, block_k, *_), tile = self[:3]
-        if kind == "gather":
-            return [grad_y, y, grad_conv, weight, *inputs]
-        rows = problem.k, problem.r * problem.s * problem.c
-        return [
-            *(boxes.like_y(t, problem, kind, tile, block_k) for t in (grad_y, y, grad_conv)),
-            boxes.described(weight, rows, (block_k, block_n)),
-            *(boxes.like_x(t, problem, kind, tile, block_n) for t in inputs),
-        ]
 
 
 @functools.cache
@@ -813,11 +793,16 @@ def _plan(
         **{"BLOCK_C": row.block_n, "BLOCK_K": row.block_k, "STAGES": row.stages},
     }
     sizes: tuple[int, ...]
+    views: tuple[View | None, ...] = (None,) * 7
     if row.kind == "gather":
         kernel, sizes = _conv_dgrad_kernel, (n, h, w, p, q)
         constants |= {**boxes.per_axis("STRIDE", stride), "GROUPS": groups, "BLOCK_M": row.block_m}
     else:
         kernel, sizes = _conv_dgrad_tma_kernel, _phase(problem)
+        of_y = boxes.like_y(problem, row.kind, tile, row.block_k)
+        of_weight = boxes.dense((k, r * s * c), (row.block_k, row.block_n))
+        of_x = boxes.like_x(problem, row.kind, tile, row.block_n)
+        views = of_y, of_y, of_y, of_weight, of_x, of_x, of_x
         constants |= {
             **{"TILE_N": tile.n, "TILE_H": tile.h, "TILE_W": tile.w},
             "STRIDE": stride[0],
@@ -834,9 +819,7 @@ def _plan(
         launch_options["maxnreg"] = row.registers
     phases = stride[0] * stride[1]
     return _Plan(
-        problem=problem,
-        configuration=row,
-        tile=tile,
+        views=views,
         kernel=kernel,
         grid=(_programs(problem, row), phases),
         partials=_tiles(problem, row) * phases,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.triton_kernels import convolution, device, reductions, tiles
+from resnet_fused.triton_kernels import boxes, convolution, device, reductions, tiles
 from resnet_fused.triton_kernels.convolution import Configuration
 from resnet_fused.triton_kernels.problem import conv_problem
 
@@ -119,9 +119,9 @@ def conv_stats(
     means, m2s = (counts.new_empty(plan.tiles, problem.k) for _ in range(2))
     with device.guard(x):
         _conv_stats_kernel[(plan.programs,)](
-            convolution.argument(plan.x, x),
-            convolution.argument(plan.weight, weight),
-            convolution.argument(plan.out, y),
+            boxes.argument(plan.x, x),
+            boxes.argument(plan.weight, weight),
+            boxes.argument(plan.out, y),
             scale,
             shift,
             counts,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.triton_kernels import boxes, convolution, device, tiles
+from resnet_fused.triton_kernels.boxes import View
 from resnet_fused.triton_kernels.convolution import Configuration
 from resnet_fused.triton_kernels.device import Architecture
 from resnet_fused.triton_kernels.problem import (
@@ -443,7 +444,7 @@ def scaled_wgrad(
     partials = x.new_empty((plan.splits, weight.numel()), dtype=torch.float32)
     with device.guard(x):
         plan.kernel[plan.grid](
-            *plan.operands(grad_y, x),
+            *map(boxes.argument, plan.views, (grad_y, x)),
             *(partials, scale, shift),
             *plan.sizes,
             **plan.constants,
@@ -463,28 +464,16 @@ def scaled_wgrad(
 class _Plan(NamedTuple):
     """A launch but for its tensors.
 
-    tile: a box of pixels; sizes, constants: arguments; options: keywords of the launch.
+    views: of grad_y and x; sizes, constants: arguments; options: keywords of the launch.
     """
 
-    problem: ConvProblem
-    configuration: Configuration
-    tile: PixelTile
+    views: tuple[View | None, ...]
     kernel: Any
     grid: tuple[int, int]
     splits: int
     sizes: tuple[int, ...]
     constants: dict[str, Any]
     options: dict[str, Any]
-
-    def operands(self, grad_y: Tensor, x: Tensor) -> tuple[Any, Any]:
-        """Descriptors or pointers."""
-        problem, (kind, block_m, block_n, *_), tile = self[:3]
-        if kind == "gather":
-            return grad_y, x
-        return (
-            boxes.like_y(grad_y, problem, kind, tile, block_m),
-            boxes.like_x(x, problem, kind, tile, block_n),
-        )
 
 
 @functools.cache
@@ -511,6 +500,7 @@ def _plan(
         **{"BLOCK_K": row.block_m, "BLOCK_C": row.block_n, "STAGES": row.stages},
     }
     tile, steps = _tile(problem, row)
+    views: tuple[View | None, ...] = None, None
     if row.kind == "gather":
         columns = triton.cdiv(r * s * c // groups, row.block_n)
         constants |= {
@@ -519,6 +509,10 @@ def _plan(
         }
     else:
         columns = r * s * triton.cdiv(c, row.block_n)
+        views = (
+            boxes.like_y(problem, row.kind, tile, row.block_m),
+            boxes.like_x(problem, row.kind, tile, row.block_n),
+        )
         constants |= {
             **{"STRIDE": stride[0], "ROWS": row.kind == "rows"},
             "RAGGED": _is_ragged(problem, row),
@@ -542,9 +536,7 @@ def _plan(
         options["maxnreg"] = row.registers
     gathered = row.kind == "gather"
     return _Plan(
-        problem=problem,
-        configuration=row,
-        tile=tile,
+        views=views,
         kernel=_conv_wgrad_kernel if gathered else _conv_wgrad_tma_kernel,
         grid=(programs, splits),
         splits=splits,

@@ -7,7 +7,6 @@ matrix of input patches to memory.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from resnet_fused.triton_kernels import device, tiles
+from resnet_fused.triton_kernels import boxes, device, tiles
+from resnet_fused.triton_kernels.boxes import View
 from resnet_fused.triton_kernels.device import KIB, Architecture
 from resnet_fused.triton_kernels.problem import (
     TMA_KINDS,
@@ -522,14 +521,6 @@ _ROUND_BFLOAT16 = tl.constexpr("cvt.rn.relu.bf16x2.f32 low, b, a;")
 _ROUND_FLOAT16 = tl.constexpr("cvt.rn.relu.f16x2.f32 low, b, a;")
 
 
-class View(NamedTuple):
-    """How TMA sees a tensor, and the box that it moves at a time; elements."""
-
-    shape: list[int]
-    strides: list[int]
-    box: list[int]
-
-
 class Plan(NamedTuple):
     """One launch.
 
@@ -621,43 +612,31 @@ def new_output(x: Tensor, problem: ConvProblem) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def argument(view: View | None, tensor: Tensor | None) -> Any:
-    """What the kernel takes for `tensor`: a descriptor or a pointer."""
-    if view is None or tensor is None:
-        return tensor
-    return TensorDescriptor(tensor, *view)
-
-
 def vector(tensor: Tensor) -> Tensor:
     """A value per channel as kernels read it."""
     return tensor.to(torch.float32).contiguous()
 
 
 def _views(problem: ConvProblem, loop: Loop) -> tuple[View | None, View | None, View | None]:
-    """Of x, weight and out. Strides of sides of 1 mean nothing to PyTorch, but TMA checks them."""
+    """Of x, weight and out."""
     if not loop.described:
         return None, None, None
     n, h, w, c, k = problem.n, problem.h, problem.w, problem.c, problem.k
     if loop.flat_weight:
-        weight = _dense((k, loop.taps * c), (loop.block_n, loop.block_k))
+        weight = boxes.dense((k, loop.taps * c), (loop.block_n, loop.block_k))
     else:
-        weight = _dense((k, loop.taps, c), (loop.block_n, 1, loop.block_k))
+        weight = boxes.dense((k, loop.taps, c), (loop.block_n, 1, loop.block_k))
     if loop.kind == "rows":
-        x = _dense((n * h * w, c), (loop.block_m, loop.block_k))
-        return x, weight, _dense((n * h * w, k), (loop.block_m, loop.block_n))
+        x = boxes.dense((n * h * w, c), (loop.block_m, loop.block_k))
+        return x, weight, boxes.dense((n * h * w, k), (loop.block_m, loop.block_n))
     tile = loop.tile_n, loop.tile_h, loop.tile_w
     if loop.kind == "boxes":
-        x = _dense((n, h, w, c), (*tile, loop.block_k))
+        x = boxes.dense((n, h, w, c), (*tile, loop.block_k))
     else:
         # Rows and columns of one parity are a box without gaps.
         box = *tile[:2], 1, tile[2], loop.block_k
-        x = _dense((n, h // 2, 2, w // 2, 2 * c), box)
-    return x, weight, _dense((n, problem.p, problem.q, k), (*tile, loop.block_n))
-
-
-def _dense(shape: Sequence[int], box: Sequence[int]) -> View:
-    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return View(list(shape), strides, list(box))
+        x = boxes.dense((n, h // 2, 2, w // 2, 2 * c), box)
+    return x, weight, boxes.dense((n, problem.p, problem.q, k), (*tile, loop.block_n))
 
 
 def _kind(

@@ -2,12 +2,10 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 Generation = Literal["ampere", "hopper", "blackwell"]
 KIB = 1024
@@ -68,11 +66,6 @@ def fits_tma(*tensors: Tensor | None) -> bool:
         t is None or (t.data_ptr() % 16 == 0 and t.size(1) * t.element_size() % 16 == 0)
         for t in tensors
     )
-
-
-def descriptor(view: Tensor, block: Sequence[int]) -> TensorDescriptor:
-    """A TMA descriptor of `view`, whose innermost dimension is contiguous."""
-    return TensorDescriptor(view, list(view.shape), list(view.stride()), list(block))
 
 
 def guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
