@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import os
 import re
 from collections.abc import Callable
@@ -25,11 +26,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 import ahead_of_time
-from ahead_of_time import Code
+from ahead_of_time import AMPERE, BLACKWELL, CAPABILITIES, HOPPER, Code
 
 BATCH = 256
-AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
-CAPABILITIES = (AMPERE, HOPPER, BLACKWELL)
 SHARED_BYTES = {AMPERE: 163 * 1024, HOPPER: 227 * 1024, BLACKWELL: 227 * 1024}
 PRODUCT = {AMPERE: "HMMA", HOPPER: "HGMMA", BLACKWELL: "UTCHMMA"}
 
@@ -48,6 +47,9 @@ class Layer(NamedTuple):
     @property
     def geometry(self) -> tuple[Any, ...]:
         return self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups
+
+    def of_batch(self, images: int) -> Layer:
+        return self._replace(conv=self.conv._replace(x=(images, *self.conv.x[1:])))
 
     @property
     def is_stem(self) -> bool:
@@ -71,9 +73,8 @@ LAYERS = network_layers()
 
 
 def untouched(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory that the system never has to provide."""
     format_ = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype, memory_format=format_)
+    return ahead_of_time.untouched(*shape, dtype=dtype, memory_format=format_)
 
 
 class Variant(NamedTuple):
@@ -193,34 +194,42 @@ def representatives() -> list[Layer]:
 
 @functools.cache
 def compiled_layers(
-    variant: str, capability: tuple[int, int], dtype: torch.dtype
+    variant: str, capability: tuple[int, int], dtype: torch.dtype, images: int
 ) -> list[tuple[Layer, Code]]:
     """Of each layer the kernel with the products, among all that the operator launches."""
     launch, applies = VARIANTS[variant]
-    layers = [layer for layer in representatives() if applies(layer)]
+    layers = [layer.of_batch(images) for layer in representatives() if applies(layer)]
     codes = ahead_of_time.products(capability, lambda: [launch(layer, dtype) for layer in layers])
     return list(zip(layers, codes, strict=True))
 
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
-every_capability = pytest.mark.parametrize(
-    "capability", CAPABILITIES, ids=lambda capability: f"sm_{capability[0]}{capability[1]}"
-)
+every_capability = pytest.mark.parametrize("capability", CAPABILITIES, ids=ahead_of_time.case_id)
 
 
-@every_capability
+def no_spills_cases() -> list[Any]:
+    """Variant, capability, dtype and images of a batch.
+
+    fp16 differs from bf16 in the arithmetic around the product only: one capability stands for all.
+    A single image has small tiles.
+    """
+    plain = [variant for variant in VARIANTS if "," not in variant]
+    inference = ["conv_bn_relu", "conv_bn_relu, residual"]
+    return [
+        *itertools.product(VARIANTS, CAPABILITIES, [torch.bfloat16], [BATCH]),
+        *itertools.product(plain, CAPABILITIES, [torch.float32], [BATCH]),
+        *itertools.product(plain, [HOPPER], [torch.float16], [BATCH]),
+        *itertools.product(inference, CAPABILITIES, [torch.bfloat16], [1]),
+    ]
+
+
 @pytest.mark.parametrize(
-    ("variant", "dtype"),
-    [
-        *((variant, torch.bfloat16) for variant in VARIANTS),
-        *((variant, torch.float32) for variant in VARIANTS if "," not in variant),
-    ],
-    ids=str,
+    ("variant", "capability", "dtype", "images"), no_spills_cases(), ids=ahead_of_time.case_id
 )
 def test_no_kernel_spills_and_every_block_fits(
-    variant: str, capability: tuple[int, int], dtype: torch.dtype
+    variant: str, capability: tuple[int, int], dtype: torch.dtype, images: int
 ) -> None:
-    layers = compiled_layers(variant, capability, dtype)
+    layers = compiled_layers(variant, capability, dtype, images)
     assert [str(layer) for layer, code in layers if code.spills] == []
     limit = SHARED_BYTES[capability]
     assert [str(layer) for layer, code in layers if code.shared_bytes > limit] == []
@@ -271,7 +280,7 @@ def test_products_of_16_bit_floats_use_the_tensor_cores(
     variant: str, capability: tuple[int, int]
 ) -> None:
     """Also behind a prologue: its operand goes to the product through registers."""
-    for layer, code in compiled_layers(variant, capability, torch.bfloat16):
+    for layer, code in compiled_layers(variant, capability, torch.bfloat16, BATCH):
         assert code.count(PRODUCT[capability]) > 0, layer
 
 
@@ -279,7 +288,7 @@ def test_products_of_16_bit_floats_use_the_tensor_cores(
 def test_hopper_loops_feed_the_tensor_cores_from_shared_memory(variant: str) -> None:
     """Nothing passes through registers on the way: TMA writes what wgmma reads."""
     looked_at = 0
-    for layer, code in compiled_layers(variant, HOPPER, torch.bfloat16):
+    for layer, code in compiled_layers(variant, HOPPER, torch.bfloat16, BATCH):
         if layer.is_stem or not steps_are_many(layer, variant):
             continue
         looked_at += 1
@@ -293,9 +302,32 @@ def test_hopper_loops_feed_the_tensor_cores_from_shared_memory(variant: str) -> 
     assert looked_at >= 3
 
 
+@pytest.mark.parametrize(
+    "variant", ["conv_bn_relu", "conv_bn_relu, residual", "conv_stats", "conv_stats, prologue"]
+)
+@pytest.mark.parametrize("channels", [64, 256])
+def test_persistent_programs_read_the_next_part_before_they_store_one(
+    channels: int, variant: str
+) -> None:
+    """Their two loops have become one, which begins with loads already under way."""
+    layer = next(layer for layer in LAYERS if layer.ends_block and layer.conv.x[1] == channels)
+    found = candidates(variant.split(",", 1)[0], layer, HOPPER, torch.bfloat16)
+    launch = functools.partial(
+        VARIANTS[variant].launch,
+        *(layer, torch.bfloat16, next(each for each in found if each.persistent)),
+    )
+    (code,) = ahead_of_time.products(HOPPER, launch)
+    assert code.spills == 0
+    assert code.shared_bytes <= SHARED_BYTES[HOPPER]
+    assert code.count_in_loop("HGMMA") > 0
+    assert code.count_in_loop("UTMASTG") == 1
+    assert code.count_in_loop("UTMALDG") == (3 if "residual" in variant else 2)
+    assert code.count("UTMALDG") > code.count_in_loop("UTMALDG")
+
+
 def test_ampere_loops_copy_16_bytes_at_a_time() -> None:
     for variant in ("conv_bn_relu", "conv_stats", "conv_dgrad", "conv_wgrad"):
-        for layer, code in compiled_layers(variant, AMPERE, torch.bfloat16):
+        for layer, code in compiled_layers(variant, AMPERE, torch.bfloat16, BATCH):
             if layer.is_stem or not steps_are_many(layer, variant):
                 continue
             copies = code.count_in_loop("LDGSTS")
@@ -309,7 +341,7 @@ def test_the_stem_is_copied_in_4_bytes() -> None:
     The weight, whose rows begin anywhere, is read in half as many loads of 2 bytes.
     """
     for capability in CAPABILITIES:
-        layers = compiled_layers("conv_bn_relu", capability, torch.bfloat16)
+        layers = compiled_layers("conv_bn_relu", capability, torch.bfloat16, BATCH)
         (code,) = (code for layer, code in layers if layer.is_stem)
         assert code.count_in_loop("LDGSTS") == 8
         assert code.count_in_loop("LDG.E.U16") <= 8
