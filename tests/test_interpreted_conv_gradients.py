@@ -17,7 +17,7 @@ from resnet_fused.layout import mask_shape
 if not interpreted_backend.ENABLED:
     pytest.skip(interpreted_backend.REASON, allow_module_level=True)
 
-from test_interpreted_convolutions import Conv
+from test_interpreted_convolutions import NO_PADDING, Conv
 
 from resnet_fused.triton_kernels import conv_dgrad as dgrad_module
 from resnet_fused.triton_kernels import conv_wgrad as wgrad_module
@@ -289,6 +289,23 @@ def test_padding_is_zero_behind_the_relu() -> None:
     arguments = grad_y, x, weight, scale, shift + 100, *rest
     for kind in (conv.by_tma, "gather"):
         assert_accurate(conv_wgrad, reference.conv_wgrad, *arguments, configuration=small(kind))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("channels", [192, 320])
+def test_strided_boxes_end_with_the_channels(channels: int, residual: bool) -> None:
+    """Where tiles of 128 channels do not: behind the last one stands the next column."""
+    conv = Conv((6, channels, 8, 16), 16, (1, 1), (2, 2), NO_PADDING)
+    arguments = dgrad_arguments(conv, torch.bfloat16, "residual" if residual else "nothing")
+    problem = dgrad_module._problem(conv.out, torch.empty(conv.weight), conv.x[2:], *conv.geometry)
+    options = dgrad_module.Options(residual=residual)
+    architecture = device.architecture(arguments[0])
+    found = dgrad_module.configurations(problem, torch.bfloat16, architecture, options)
+    by_tma = {each._replace(registers=None) for each in found if each.kind == "strided_boxes"}
+    assert by_tma
+    assert found[0].kind == "strided_boxes"
+    for configuration in by_tma:
+        assert_accurate(conv_dgrad, reference.conv_dgrad, *arguments, configuration=configuration)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")

@@ -81,6 +81,9 @@ def configurations(
     gathered = [_fitted(row, problem, dtype, architecture, options) for row in pointer_rows]
     rows = [_fitted(row, problem, dtype, architecture, options) for row in _rows(problem, options)]
     found = gathered if kind == "gather" else [row._replace(kind=kind) for row in rows]
+    if kind == "strided_boxes":
+        # A box that runs over the end of the channels would write into the next column.
+        found = [each for each in found if problem.c % each.block_n == 0]
     busy = [each for each in found if _programs(problem, each) >= architecture.multiprocessors]
     found = [*busy[:1], found[-1], *found]  # the last: its tiles are the smallest
     free = [each._replace(registers=None) for each in found if each.registers]
@@ -92,9 +95,8 @@ def configurations(
 
 def _kind(problem: ConvProblem, architecture: Architecture, options: Options) -> Kind:
     kind = kind_of_pixels(problem, architecture, options.tma)
-    if kind == "strided_boxes" and problem.c % _NARROW.block_n != 0:
-        return "gather"  # a box that runs over the end of the channels writes into a neighbour
-    return kind
+    # As in `configurations`: the narrowest tile must fit.
+    return "gather" if kind == "strided_boxes" and problem.c % _NARROW.block_n != 0 else kind
 
 
 def _rows(problem: ConvProblem, options: Options) -> tuple[Configuration, ...]:
