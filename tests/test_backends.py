@@ -102,6 +102,14 @@ def test_backend_without_the_operator() -> None:
         rf.ops.add_relu(X, X)
 
 
+def test_what_the_backend_asked_for_implements() -> None:
+    with rf.backend("cudnn"):
+        assert not backends.is_implemented("add_relu")
+    with rf.backend("cpu"):
+        assert backends.is_implemented("add_relu")
+        assert not backends.is_implemented("conv_stats")
+
+
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_backend_for_another_device(name: str) -> None:
     expected = f"add_relu: backend '{name}' was asked for, but it runs on cuda tensors, got cpu"
@@ -217,6 +225,29 @@ def test_triton_that_is_too_old_or_missing(monkeypatch: pytest.MonkeyPatch) -> N
     assert str(unavailable()).startswith("Triton cannot be imported (AttributeError")
     monkeypatch.setitem(sys.modules, "triton", None)
     assert unavailable() == "Triton is not installed"
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "unavailable", "expected"),
+    [
+        ((8, 0), None, None, None),
+        ((7, 5), None, None, "it needs compute capability 8.0, got 7.5"),
+        ((9, 0), "6", None, "it is written for NVIDIA GPUs"),
+        ((9, 0), None, "Triton is not installed", "Triton is not installed"),
+    ],
+)
+def test_where_triton_kernels_run(
+    capability: tuple[int, int],
+    hip: str | None,
+    unavailable: str | None,
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(triton_kernels, "unavailable", lambda: unavailable)
+    assert triton_kernels.unsupported("cuda", torch.float32) == expected
 
 
 def test_triton_convolutions_run_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

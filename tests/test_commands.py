@@ -217,6 +217,29 @@ def test_doctor_lists_cuda_kernels_for_other_gpus(monkeypatch: pytest.MonkeyPatc
     assert "Triton kernels cannot run here: it needs compute capability 8.0, got 7.5." in text
 
 
+def test_doctor_does_not_list_cuda_kernels_that_were_not_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "has_cuda_kernel", lambda name: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = "\n".join(doctor._backend_lines(doctor._probed(doctor._backends), []))
+    assert row(text, "bn_relu").endswith("  (triton: cannot run here)")
+    assert "Triton kernels cannot run here" in text
+    assert "CUDA kernels" not in text
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"error": None, "unusable": None, "version": "3.6.0"}, "3.6.0"),
+        ({"error": None, "unusable": "too old", "version": "3.5.1"}, "too old"),
+        ({"error": "the probe failed"}, "the probe failed"),
+    ],
+)
+def test_doctor_says_why_triton_is_of_no_use(facts: dict[str, str | None], expected: str) -> None:
+    assert doctor._triton_text(facts) == expected
+
+
 def test_doctor_finds_that_the_kernels_are_for_other_gpus() -> None:
     report = doctor.examine()
     report["gpus"] = [{"name": "Tesla T4", "driver": "580", "memory": "16 GB"}]

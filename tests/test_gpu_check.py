@@ -103,6 +103,15 @@ def test_options_reach_the_programs(
     assert programs.started[1].command[-6:] == shared[2:]
 
 
+def test_providers_are_those_of_every_benchmark(
+    programs: Programs, summary: Callable[..., tuple[int, list[str]]]
+) -> None:
+    summary("--part", "benchmarks", "--providers", "eager")
+    assert len(programs.started) == len(gpu_check.BENCHMARKS)
+    for program in programs.started:
+        assert program.command[program.command.index("--providers") + 1] == "eager"
+
+
 def test_a_failing_part_does_not_stop_the_others(
     programs: Programs, summary: Callable[..., tuple[int, list[str]]]
 ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import interpreted_backend
@@ -273,6 +273,39 @@ def test_what_rounds_to_zero_has_no_gradient(dtype: torch.dtype) -> None:
         assert torch.equal(grads["bias"], (outputs["out"] > 0).sum((0, 2, 3)).float())
 
 
+def test_the_recomputed_sign_is_that_of_the_output() -> None:
+    """Bit by bit: computed in another order, it differs where the mean is far from zero."""
+    given = Given.draw((4, 16, 9, 9), torch.float32, "channels_last", offset=1000.0)
+    given = given._replace(grad_out=torch.ones_like(given.x))
+    outputs = forward(bn_relu, given, "none")
+    grads = backward(bn_relu_backward, given, "none", outputs, sign="recomputed")
+    assert torch.equal(grads["bias"], (outputs["out"] > 0).sum((0, 2, 3)).float())
+
+
+@pytest.mark.parametrize("sign", ["mask", "out", "recomputed"])
+def test_nan_passes_the_relu(sign: str) -> None:
+    given = Given.draw((2, 12, 4, 5), torch.float32, "channels_last")
+    given.x[0, :, 0, 0] = float("nan")
+    outputs = forward(bn_relu, given, "none", training=False)
+    outputs["mask"] = reference._pack_mask(outputs["out"], given.x)
+    plain = {
+        name: backward(bn_relu_backward, given, "none", outputs, False, sign=name)["x"]
+        for name in (sign, "none")
+    }
+    assert not plain["none"][0, :, 0, 0].isnan().any()
+    assert torch.equal(plain[sign][0, :, 0, 0], plain["none"][0, :, 0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_gradients_of_vectors_have_their_dtype(dtype: torch.dtype) -> None:
+    given = Given.draw((2, 12, 4, 5), torch.float32, "channels_last")
+    given = given._replace(vectors=tuple(v.to(dtype) for v in given.vectors))
+    outputs = forward(reference.bn_relu, given, "dual")
+    grads = backward(bn_relu_backward, given, "dual", outputs, sign="recomputed")
+    for name in ("weight", "bias", "residual weight", "residual bias"):
+        assert grads[name].dtype == dtype, name
+
+
 # ---- Both ----
 
 
@@ -407,25 +440,30 @@ def test_add_relu_in_many_tiles(dtype: torch.dtype, elements: int, vectors: int)
     x, residual, grad_out = (normal((1, 1, 1, elements), i).to(dtype) for i in range(3))
     x[..., 0] = float("nan")
     configuration = add_relu_module.Configuration(vectors, warps=2)
-    out = add_relu_module.add_relu(x, residual, configuration)
+    with launches(lambda executor: executor.grid) as grids:
+        out = add_relu_module.add_relu(x, residual, configuration)
+    block = 2 * 32 * vectors * 16 // dtype.itemsize
+    assert grids == [(-(-elements // block),)]
     assert torch.equal(out.nan_to_num(7.0), reference.add_relu(x, residual).nan_to_num(7.0))
     grad = add_relu_module.add_relu_backward(grad_out, out, configuration)
     assert torch.equal(grad, reference.add_relu_backward(grad_out, out))
 
 
 @contextlib.contextmanager
-def launches() -> Iterator[list[str]]:
-    """Names of the kernels that are launched inside."""
-    names: list[str] = []
+def launches(
+    described: Callable[[Any], Any] = lambda executor: executor.fn.__name__,
+) -> Iterator[list[Any]]:
+    """Names of the kernels that are launched inside, or what else `described` says of them."""
+    found: list[Any] = []
     executor = interpretation.upstream.GridExecutor
     call = executor.__call__
 
     def recorded_call(self: Any, *args: Any, **kwargs: Any) -> None:
-        names.append(self.fn.__name__)
+        found.append(described(self))
         call(self, *args, **kwargs)
 
     executor.__call__ = recorded_call
     try:
-        yield names
+        yield found
     finally:
         executor.__call__ = call

@@ -40,14 +40,18 @@ CONVS = {
     "3x3": Conv((2, 24, 6, 5), 16, by_tma="boxes"),
     "strided 3x3": Conv((2, 64, 4, 6), 16, stride=(2, 2), by_tma="strided_boxes"),
     "strided 3x3, odd image": Conv((2, 16, 7, 9), 8, stride=(2, 2)),
+    "strided 3x3, odd height": Conv((1, 64, 7, 6), 8, stride=(2, 2)),
+    "strided 3x3, odd width": Conv((1, 64, 6, 7), 8, stride=(2, 2)),
     "dilated": Conv((1, 16, 9, 8), 16, padding=(2, 3), dilation=(2, 3), by_tma="boxes"),
     "strided, dilated": Conv(
         (1, 64, 8, 8), 8, (3, 3), (2, 2), (2, 3), (2, 3), by_tma="strided_boxes"
     ),
     "uneven": Conv((1, 16, 7, 6), 8, (2, 5), padding=(0, 3), by_tma="boxes"),
+    "strides of 2 and 1": Conv((1, 64, 6, 8), 8, stride=(2, 1)),
     "uneven strides": Conv((1, 8, 7, 9), 8, (3, 1), (3, 2), (1, 0), (2, 1)),
     "stem": Conv((1, 3, 13, 12), 8, (7, 7), (2, 2), (3, 3)),
     "grouped": Conv((2, 32, 5, 4), 16, groups=2),
+    "grouped 1x1": Conv((2, 32, 5, 4), 16, (1, 1), padding=NO_PADDING, groups=2),
     "groups within a byte": Conv((1, 15, 4, 5), 6, groups=3),
     "depthwise": Conv((1, 5, 6, 5), 5, stride=(2, 2), groups=5),
     "odd channels": Conv((2, 13, 5, 4), 19),
@@ -154,7 +158,7 @@ def test_dgrad(conv: Conv, kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("name", ["1x1", "strided 1x1", "groups within a byte"])
+@pytest.mark.parametrize("name", ["1x1", "strided 1x1", "grouped 1x1", "groups within a byte"])
 def test_every_fusion_of_dgrad(name: str, fusion: str) -> None:
     for kind in {CONVS[name].by_tma, "gather"}:
         arguments = dgrad_arguments(CONVS[name], torch.bfloat16, fusion)
@@ -245,19 +249,46 @@ def test_layouts(lay_out: Callable[[Tensor], Tensor]) -> None:
     for index in (0, 3, 5, 6):  # the activations
         arguments[index] = lay_out(arguments[index])
     for index in (4, 7, 8, 10):  # the vectors
-        vector = arguments[index]
-        arguments[index] = torch.stack([vector.double(), vector.new_zeros(vector.shape)], -1)[
-            ..., 0
-        ]
-    grad_x, *_ = assert_accurate(conv_dgrad, reference.conv_dgrad, *arguments)
-    assert grad_x.is_contiguous(memory_format=torch.channels_last)
-    for weight_format in (torch.contiguous_format, torch.channels_last):
-        grad_y, x, weight, *rest = wgrad_arguments(conv, torch.bfloat16, True)
-        weight = weight.contiguous(memory_format=weight_format)
-        (grad_weight,) = assert_accurate(
-            conv_wgrad, reference.conv_wgrad, lay_out(grad_y), lay_out(x), weight, *rest
+        arguments[index] = with_gaps(arguments[index])
+    # A configuration that cannot read the tensors is replaced.
+    for configuration in (None, small(conv.by_tma)):
+        grad_x, *_ = assert_accurate(
+            conv_dgrad, reference.conv_dgrad, *arguments, configuration=configuration
         )
-        assert grad_weight.stride() == weight.stride()
+        assert grad_x.is_contiguous(memory_format=torch.channels_last)
+    grad_y, x, weight, scale, shift, *geometry = wgrad_arguments(conv, torch.bfloat16, True)
+    tensors = lay_out(grad_y), lay_out(x)
+    vectors = with_gaps(scale), with_gaps(shift)
+    for configuration in (None, small(conv.by_tma)):
+        for weight_format in (torch.contiguous_format, torch.channels_last):
+            weight = weight.contiguous(memory_format=weight_format)
+            (grad_weight,) = assert_accurate(
+                *(conv_wgrad, reference.conv_wgrad, *tensors, weight, *vectors, *geometry),
+                configuration=configuration,
+            )
+            assert grad_weight.stride() == weight.stride()
+
+
+def with_gaps(vector: Tensor) -> Tensor:
+    """Its values in float64, with others between them."""
+    return torch.stack([vector.double(), vector.new_zeros(vector.shape)], -1)[..., 0]
+
+
+def test_strided_boxes_of_dgrad_need_whole_tiles_of_channels() -> None:
+    """Those of wgrad do not: what it reads beyond, nobody stores."""
+    conv = Conv((2, 24, 4, 6), 16, stride=(2, 2))
+    problem = dgrad_module._problem(conv.out, torch.empty(conv.weight), conv.x[2:], *conv.geometry)
+    architecture = device.architecture(torch.empty(0))
+    of_x, *_ = dgrad_module.configurations(problem, torch.bfloat16, architecture)
+    of_weight, *_ = wgrad_module.configurations(problem, torch.bfloat16, architecture)
+    assert (of_x.kind, of_weight.kind) == ("gather", "strided_boxes")
+    assert_accurate(
+        conv_dgrad, reference.conv_dgrad, *dgrad_arguments(conv, torch.bfloat16, "sums")
+    )
+    arguments = wgrad_arguments(conv, torch.bfloat16, True)
+    assert_accurate(
+        conv_wgrad, reference.conv_wgrad, *arguments, configuration=small("strided_boxes")
+    )
 
 
 def test_no_images() -> None:
@@ -269,6 +300,8 @@ def test_no_images() -> None:
     assert grad_conv.shape == conv.out
     assert torch.equal(sum_grad, torch.zeros(24))
     assert torch.equal(sum_grad_x, torch.zeros(24))
+    _, *sums, _ = conv_dgrad(*dgrad_arguments(conv, torch.bfloat16, "nothing"))
+    assert [tuple(each.shape) for each in sums] == [(0,), (0,)]
     grad_weight = conv_wgrad(*wgrad_arguments(conv, torch.bfloat16, True))
     assert torch.equal(grad_weight, torch.zeros(conv.weight))
 
@@ -280,6 +313,39 @@ def test_nan_passes_the_relu() -> None:
     grad_x, *_ = conv_dgrad(*arguments)
     plain, *_ = conv_dgrad(*dgrad_arguments(conv, torch.float16, "nothing"))
     assert torch.equal(grad_x[0, :, 0, 0], plain[0, :, 0, 0])
+
+
+def test_weight_gradients_are_summed_in_float32() -> None:
+    """Up to the end: a float32 weight gets more than the 8 bits of the activations."""
+    conv = CONVS["3x3"]
+    grad_y, x, weight, *rest = wgrad_arguments(conv, torch.bfloat16, False)
+    exact = reference.conv_wgrad(*doubled((grad_y, x, weight, *rest)))
+    sizes = reference.conv_wgrad(*doubled((grad_y.abs(), x.abs(), weight, *rest)))
+    for kind in (conv.by_tma, "gather"):
+        actual = conv_wgrad(grad_y, x, weight, *rest, configuration=small(kind))
+        eps = torch.finfo(torch.float32).eps
+        assert ((actual - exact).abs() <= 4 * eps * sizes).all()
+
+
+@pytest.mark.parametrize("channels", [64, 2048])
+def test_pixels_are_split_between_programs(channels: int) -> None:
+    """Where there are more of them than tiles of the result, in memory that is bounded."""
+    conv = Conv((256, channels, 14, 14), channels)
+    x, weight = (torch.empty(shape, device="meta") for shape in (conv.x, conv.weight))
+    plan = wgrad_module._plan(
+        wgrad_module.conv_problem(x, weight, *conv.geometry),
+        *(torch.bfloat16, device.of_capability((9, 0), 132), True, False, None, "tf32", True),
+    )
+    programs = plan.grid[0] * plan.splits
+    assert (plan.splits > 1) == (channels == 64)
+    assert plan.splits == 1 or plan.splits * 4 * weight.numel() <= 64 << 20
+    assert channels == 2048 or 132 <= programs <= 264
+
+
+def test_the_phase_with_the_most_taps_comes_first() -> None:
+    """Of a 3x3 with stride 2 and padding 1: odd rows are reached by taps 0 and 2."""
+    assert dgrad_module._heaviest(3, stride=2, padding=1, dilation=1) == 1
+    assert dgrad_module._heaviest(3, stride=2, padding=0, dilation=1) == 0
 
 
 def test_padding_is_zero_behind_the_relu() -> None:
@@ -324,24 +390,75 @@ def test_infinity_reaches_its_own_taps_only(name: str, prologue: bool) -> None:
         assert torch.equal(actual.isfinite(), expected)
 
 
+def backward_arguments(conv: Conv, dtype: torch.dtype, relu: bool = True) -> tuple[Any, ...]:
+    x, out = activation(conv.x, 1, dtype), activation(conv.out, 2, dtype).relu()
+    return (
+        *(activation(conv.out, 3, dtype), x, normal(conv.weight, 4).float()),
+        *(normal((conv.kernels,), 5).float(), out if relu else None, True, *conv.geometry),
+    )
+
+
+def assert_accurate_backward(*arguments: Any) -> list[Tensor]:
+    return assert_accurate(
+        lambda *tensors, configuration: conv_bn_relu_backward(*tensors),
+        reference.conv_bn_relu_backward,
+        *arguments,
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
 @pytest.mark.parametrize("name", ["1x1", "odd channels"])
 def test_conv_bn_relu_backward(name: str, relu: bool, dtype: torch.dtype) -> None:
     conv = CONVS[name]
-    x, out = activation(conv.x, 1, dtype), activation(conv.out, 2, dtype).relu()
-    arguments = (
-        *(activation(conv.out, 3, dtype), x, normal(conv.weight, 4).float()),
-        *(normal((conv.kernels,), 5).float(), out if relu else None, True, *conv.geometry),
-    )
-    actual = assert_accurate(
-        lambda *tensors, configuration: conv_bn_relu_backward(*tensors),
-        reference.conv_bn_relu_backward,
-        *arguments,
-    )
+    arguments = backward_arguments(conv, dtype, relu)
+    actual = assert_accurate_backward(*arguments)
     assert actual[0].is_contiguous(memory_format=torch.channels_last)
     grad_x, *_, grad_residual = conv_bn_relu_backward(
         *(None if t is None else t.contiguous() for t in arguments[:5]), False, *conv.geometry
     )
     assert torch.equal(grad_x, actual[0])
     assert grad_residual.numel() == 0
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        Conv((2, 8, 3, 3), 300, (1, 1), padding=NO_PADDING),
+        Conv((2, 8, 15, 16), 256, (1, 1), padding=NO_PADDING),
+    ],
+    ids=["two tiles of channels", "programs with several tiles of pixels"],
+)
+def test_conv_bn_relu_backward_in_many_tiles(conv: Conv) -> None:
+    assert_accurate_backward(*backward_arguments(conv, torch.bfloat16))
+
+
+def test_conv_bn_relu_backward_passes_nan_and_takes_any_scale() -> None:
+    conv = CONVS["1x1"]
+    grad_out, x, weight, scale, out, *rest = backward_arguments(conv, torch.float16)
+    expected = conv_bn_relu_backward(grad_out, x, weight, scale, out, *rest)
+    actual = conv_bn_relu_backward(grad_out, x, weight, with_gaps(scale), out, *rest)
+    assert actual[2].dtype == torch.float64
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(actual, expected, strict=True))
+    out[0, :, 0, 0] = float("nan")
+    *_, grad_residual = conv_bn_relu_backward(grad_out, x, weight, scale, out, *rest)
+    assert torch.equal(grad_residual[0, :, 0, 0], grad_out[0, :, 0, 0])
+
+
+def test_conv_bn_relu_backward_rounds_the_scaled_weight_once() -> None:
+    """With one kernel its gradient is a product of two such numbers, rounded."""
+    conv = Conv((2, 16, 3, 4), 1, (1, 1), padding=NO_PADDING)
+    arguments = backward_arguments(conv, torch.bfloat16, relu=False)
+    grad_out, _, weight, scale, *_ = arguments
+    scaled = (weight * scale).bfloat16().float()
+    grad_x, *_ = conv_bn_relu_backward(*arguments)
+    assert torch.equal(grad_x, (grad_out.float() * scaled.view(1, 16, 1, 1)).bfloat16())
+
+
+def test_conv_bn_relu_backward_of_no_images() -> None:
+    conv = CONVS["1x1"]._replace(x=(0, 24, 5, 7))
+    run = interpreted_backend.on_uninitialised_memory(conv_bn_relu_backward)
+    grad_x, grad_weight, grad_shift, _ = run(*backward_arguments(conv, torch.bfloat16))
+    assert grad_x.shape == conv.x
+    assert torch.equal(grad_weight, torch.zeros(conv.weight))
+    assert torch.equal(grad_shift, torch.zeros(conv.kernels))

@@ -66,6 +66,9 @@ CONVS = {
     "strided 3x3": Conv((2, 16, 6, 10), 24, stride=(2, 2), by_tma="strided_boxes"),
     "strided 3x3, ragged channels": Conv((1, 24, 6, 4), 24, stride=(2, 2)),
     "strided 3x3, odd image": Conv((1, 16, 7, 5), 24, stride=(2, 2)),
+    "strided 3x3, odd height": Conv((1, 16, 7, 6), 24, stride=(2, 2)),
+    "strided 3x3, odd width": Conv((1, 16, 6, 7), 24, stride=(2, 2)),
+    "strides of 2 and 1": Conv((1, 16, 6, 8), 24, stride=(2, 1)),
     "strided 5x3": Conv((1, 16, 8, 6), 16, (5, 3), (2, 2), (2, 0), by_tma="strided_boxes"),
     "strided, dilated": Conv(
         (1, 16, 10, 8), 16, stride=(2, 2), padding=(2, 3), dilation=(2, 3), by_tma="strided_boxes"
@@ -344,6 +347,15 @@ class TestConvStats:
             exact = reference.conv_stats(*tensors[:2], scale, shift, *conv.geometry)
             assert torch.equal(y.isnan(), exact[0].isnan())
             assert mean.isnan().all()
+
+    @pytest.mark.parametrize("name", ["1x1", "3x3"])
+    def test_vectors_of_another_dtype_and_stride(self, name: str) -> None:
+        conv = CONVS[name]
+        tensors = draw(conv, torch.bfloat16)[:2]
+        scale, shift = normal((2, conv.x[1]), 5).float().unbind()
+        expected = conv_stats(conv, *tensors, scale, shift)
+        others = scale.double().repeat_interleave(2)[::2], shift.repeat_interleave(3)[::3]
+        assert all(map(torch.equal, conv_stats(conv, *tensors, *others), expected))
 
     @pytest.mark.parametrize("place", [channels_last, misaligned])
     def test_prologue_in_a_pass_of_its_own(self, place: Callable[[Tensor], Tensor]) -> None:

@@ -29,6 +29,7 @@ def layer(
     return Layer(conv, residual)
 
 
+GROUPED = Layer(ConvShape((2, 8, 6, 6), (12, 2, 3, 3), (2, 2), (1, 1), (1, 1), 4), True)
 EXPANDING = layer((256, 64, 56, 56), (256, 64, 1, 1), residual=True)
 DEEP = layer((256, 512, 7, 7), (512, 512, 3, 3))
 SHORTCUT = layer((256, 256, 56, 56), (512, 256, 1, 1), stride=2)
@@ -52,6 +53,16 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
     return run_script
 
 
+def test_peaks_are_those_of_the_data_sheets() -> None:
+    """In TFLOP/s of bfloat16 and TF32, and TB/s."""
+    assert {name: gpu[:3] for name, gpu in GPUS.items()} == {
+        "H100": (989.4, 494.7, 3.35),
+        "H100-achievable": (800.0, 400.0, 3.0),
+        "H200": (989.4, 494.7, 4.8),
+        "A100": (312.0, 156.0, 2.039),
+    }
+
+
 def test_an_expanding_layer_by_hand() -> None:
     """x, weight, y and the shortcut in 16 bits: 925 MB in 276 us, 26.3 GFLOP in 27 us."""
     work = roofline.work(EXPANDING, "forward", 2)
@@ -70,6 +81,12 @@ def test_a_deep_layer_by_hand() -> None:
     floor = roofline.floor(DEEP, "forward", "float16", GPUS["H100-achievable"])
     assert floor.side == "compute"
     assert floor.us == pytest.approx(work.flop / 800e12 * 1e6)
+
+
+def test_groups_see_only_their_own_channels() -> None:
+    """Each of 2x12x3x3 outputs is a sum over 2 channels of 3x3 pixels."""
+    for step in roofline.STEPS["training"]:
+        assert roofline.work(GROUPED, step, 2).flop == 2 * (2 * 12 * 3 * 3) * (2 * 3 * 3)
 
 
 def test_float32_counts_four_bytes_and_the_peak_of_tf32() -> None:
@@ -133,9 +150,8 @@ def test_labels_are_those_of_the_benchmark() -> None:
     labels = [case.label for case in found]
     assert [each.label for each in expected] == labels
     assert [roofline.parsed(label) for label in labels] == expected
-    grouped = ConvShape((2, 8, 6, 6), (12, 2, 3, 3), (2, 2), (1, 1), (1, 1), 4)
-    assert Layer(grouped, True).label == "2x8x6x6 -> 12, 3x3/2, groups 4, residual"
-    assert roofline.parsed(Layer(grouped, True).label) == Layer(grouped, True)
+    assert GROUPED.label == "2x8x6x6 -> 12, 3x3/2, groups 4, residual"
+    assert roofline.parsed(GROUPED.label) == GROUPED
     assert roofline.parsed("2x64x56x56, training") is None
 
 
@@ -157,6 +173,7 @@ ROWS: list[dict[str, Any]] = [
     {"shape": DEEP.label, "provider": "eager", "median_ms": 0.1},
     {"shape": DEEP.label, "provider": "eager", "median_ms": 9.0, "timestamp": "2025-12-31"},
     {"shape": DEEP.label, "provider": "eager", "median_ms": 0.3, "mode": "backward"},
+    {"shape": DEEP.label, "provider": "eager", "median_ms": 0.3, "mode": "inference"},
     {"shape": DEEP.label, "provider": "eager", "median_ms": 0.3, "dtype": "float64"},
     {"shape": "256x64x56x56, training", "provider": "eager", "median_ms": 1},
 ]
@@ -188,6 +205,16 @@ def test_table_and_plot_of_a_file(run: Callable[..., Done], tmp_path: Path) -> N
     done = run("--csv", str(path), "--plot", str(tmp_path / "other.png"))
     assert done.status == 0
     assert (tmp_path / "other.png").exists()
+
+
+def test_gpu_to_compare_with(
+    run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    path = write_csv(tmp_path / "a.csv", *ROWS)
+    done = run("--csv", str(path), "--gpu", "A100")
+    assert done.status == 0, done.err
+    assert "453.6 memory" in done.out  # 276.1 on the H100 that the rows name
 
 
 def test_without_matplotlib(
@@ -229,6 +256,22 @@ def test_a_file_that_is_not_there(run: Callable[..., Done], tmp_path: Path) -> N
     assert "none.csv" in done.err
 
 
+def test_sums_over_the_layers_of_a_network() -> None:
+    """A layer of 925 MB, bound by memory, and three of 59.2 GFLOP, bound by compute."""
+    text = roofline.network_table({EXPANDING: 1, DEEP: 3}, "forward", "bfloat16", ["H100", "A100"])
+    *_, expanding, deep, total, rate = (line.split() for line in text.splitlines())
+    assert expanding[-7:] == ["1", "924.9", "26.3", "276.1", "memory", "453.6", "memory"]
+    assert deep[-7:] == ["3", "30.4", "59.2", "59.8", "compute", "189.7", "compute"]
+    megabytes = 2 * (PIXELS * 576 + 64 * 256 + 3 * (2 * 256 * 49 * 512 + 512 * 512 * 9)) / 1e6
+    gigaflop = 2 * (PIXELS * 64 * 256 + 3 * 256 * 49 * 512 * 512 * 9) / 1e9
+    us = 276.1 + 3 * 59.8, 453.6 + 3 * 189.7
+    assert total[:2] == ["all", "4"]
+    assert rate[0] == "images/s"
+    numbers = [float(cell) for cell in total[2:]]
+    assert numbers == pytest.approx([megabytes, gigaflop, *us], rel=3e-3)
+    assert [float(cell) for cell in rate[1:]] == pytest.approx([256e6 / t for t in us], rel=1e-3)
+
+
 def test_table_of_a_network(run: Callable[..., Done]) -> None:
     done = run("--model", "resnet20", "--size", "32", "--batch", "4", "--gpu", "H200,A100")
     assert done.status == 0, done.err
@@ -247,6 +290,7 @@ def test_table_of_a_network(run: Callable[..., Done]) -> None:
         (("--mode", "backward"), "must be of forward, training"),
         (("--model", "vgg"), "invalid choice: 'vgg'"),
         (("--batch", "0"), "--batch and --size must be at least 1"),
+        (("--size", "0"), "--batch and --size must be at least 1"),
         (("--plot", "x.png"), "--plot must come with exactly one --csv FILE"),
         (("--plot", "x.png", "--csv", "a", "b"), "--plot must come with exactly one --csv FILE"),
     ],
