@@ -46,7 +46,6 @@ _LEAST_WGMMA = 64  # rows of wgmma, which are kernels or channels
 _WHOLE_VECTORS = 32  # channels: the least tile that has one tap
 _RESIDENT_PROGRAMS = 2  # of a multiprocessor
 _LEAST_STEPS = 4  # of a split: below it filling the pipeline is most of the work
-_PARTIAL_BYTES = 64 << 20  # of memory, at most, unless one split takes more
 _SUM_SPLITS = 16  # loads in flight per element: their latency is what the sum takes
 _SUM_BLOCK = 128
 
@@ -519,11 +518,9 @@ def _plan(
             **{"TILE_N": tile.n, "TILE_H": tile.h, "TILE_W": tile.w},
         }
     programs = groups * triton.cdiv(k // groups, row.block_m) * columns
-    result_bytes = 4 * k * r * s * c // groups
     splits = min(
         max(1, _RESIDENT_PROGRAMS * architecture.multiprocessors // programs),
         max(1, steps // _LEAST_STEPS),
-        max(1, _PARTIAL_BYTES // result_bytes),
     )
     steps_per_split = triton.cdiv(steps, splits)
     splits = triton.cdiv(steps, steps_per_split)
