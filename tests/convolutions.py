@@ -44,6 +44,16 @@ BAD_GEOMETRY: dict[str, tuple[dict[str, Any], Any, str]] = {
     ),
     "dilation": ({"dilation": 0}, ValueError, r"dilation must be at least 1, got \(0, 0\)"),
     "padding": ({"padding": -1}, ValueError, r"padding must not be negative, got \(-1, -1\)"),
+    "padding of rows": (
+        {"padding": (-1, 0)},
+        ValueError,
+        r"padding must not be negative, got \(-1, 0\)",
+    ),
+    "padding of columns": (
+        {"padding": (0, -1)},
+        ValueError,
+        r"padding must not be negative, got \(0, -1\)",
+    ),
     "padding by name": ({"padding": "same"}, ValueError, r"padding must be one int or two, got"),
     "no groups": ({"groups": 0}, ValueError, r"groups must divide .* got 0"),
     "weight is None": ({"weight": None}, TypeError, r"weight must be a Tensor, got NoneType"),
@@ -52,6 +62,16 @@ BAD_GEOMETRY: dict[str, tuple[dict[str, Any], Any, str]] = {
         ValueError,
         r"weight must be a floating-point \(K, C / groups, R, S\) tensor, got torch.float32 of"
         r" shape \(4, 3, 3\)",
+    ),
+    "kernel too high": (
+        {"weight": torch.ones(6, 4, 7, 3)},
+        ValueError,
+        r"x must be at least as large as the kernel, got \(2, 4, 6, 6\) for weight \(6, 4, 7, 3\)",
+    ),
+    "kernel too wide": (
+        {"weight": torch.ones(6, 4, 3, 7)},
+        ValueError,
+        r"x must be at least as large as the kernel, got \(2, 4, 6, 6\) for weight \(6, 4, 3, 7\)",
     ),
     "weight integers": (
         {"weight": torch.ones(6, 4, 3, 3).int()},

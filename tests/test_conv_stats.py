@@ -107,10 +107,11 @@ def test_dtypes(case: Case, prologue: bool) -> None:
     check(case, CONVS["odd channels"], prologue)
 
 
+@pytest.mark.parametrize("prologue", [False, True])
 @pytest.mark.parametrize("conv", LAYERED)
 @pytest.mark.parametrize("case", grid("conv_stats", dtypes=[torch.float32], layouts=LAYOUTS))
-def test_layouts(case: Case, conv: str) -> None:
-    check(case, CONVS[conv], prologue=True)
+def test_layouts(case: Case, conv: str, prologue: bool) -> None:
+    check(case, CONVS[conv], prologue)
 
 
 @pytest.mark.parametrize("backend", on_backends("conv_stats"))
@@ -303,6 +304,21 @@ def test_autocast_is_as_eager(prologue: bool, dtype: torch.dtype) -> None:
         lambda **given: call(eager, **given),
         *(tensors, grad_outs, draws(conv)),
     )
+
+
+def test_autocast_leaves_float64() -> None:
+    case, conv = Case("cpu", (), torch.float64, "channels_last"), CONVS["3x3"]
+    tensors = tensors_of(case, conv, prologue=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = named(conv_stats, conv, **tensors)
+    torch.testing.assert_close(outputs, named(eager, conv, **tensors))
+
+
+def test_autocast_refuses_integers() -> None:
+    """Cast before the check they would pass it."""
+    expected = "conv_stats: x must be a floating-point tensor, got torch.int32"
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=expected):
+        conv_stats(X.int(), W)
 
 
 def arguments_of(case: Case, conv: Conv, prologue: bool, gradient: bool) -> tuple[Any, ...]:

@@ -116,11 +116,17 @@ def test_result_is_laid_out_like_the_weight(backend: str, layout: str, dtype: to
     tensors = tensors_of(case, conv, prologue=False)
     weight = LAYOUTS[layout][0](tensors["weight"].to(dtype))
     expected = named(conv_wgrad, conv, **tensors)["grad_weight"]
-    with rf.backend(backend):
-        grad = named(conv_wgrad, conv, **tensors | {"weight": weight})["grad_weight"]
-    assert grad.dtype == dtype
-    assert grad.stride() == torch.empty_like(weight).stride()
-    torch.testing.assert_close(grad, expected.to(dtype), rtol=2e-2, atol=2e-2)
+    tensors |= {"weight": weight}
+    arguments = (*tensors.values(), None, None, *conv.geometry)
+    assert_fake_is_like(backend, ops.conv_wgrad.default, arguments)
+    for gradient in (False, True):
+        tensors["x"].requires_grad_(gradient)
+        with rf.backend(backend):
+            grad = named(conv_wgrad, conv, **tensors)["grad_weight"]
+        assert grad.requires_grad == gradient
+        assert grad.dtype == dtype
+        assert grad.stride() == torch.empty_like(weight).stride()
+        torch.testing.assert_close(grad, expected.to(dtype), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("conv", TINY)
