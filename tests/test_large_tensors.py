@@ -1,7 +1,7 @@
 """More than 2^31 elements in one tensor, on a GPU: offsets must not be 32-bit anywhere."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,12 +17,17 @@ IMAGES = (0, BORDER - 1, BORDER, SHAPE[0] - 1)
 EPS = 1e-5
 LAYOUTS = [(torch.channels_last, torch.bfloat16), (torch.contiguous_format, torch.float16)]
 
+
+
+def parameter(backend: str) -> Any:
+    reason = missing("bn_relu", backend)
+    marks = [] if reason is None else [pytest.mark.skip(reason=reason)]
+    return pytest.param(backend, marks=marks)
+
+
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        missing("bn_relu", "cuda") is not None, reason=str(missing("bn_relu", "cuda"))
-    ),
-    pytest.mark.parametrize("backend", ["cuda"]),
+    pytest.mark.parametrize("backend", [parameter("cuda"), parameter("triton")]),
     pytest.mark.parametrize(("layout", "dtype"), LAYOUTS, ids=["channels_last", "nchw"]),
 ]
 
