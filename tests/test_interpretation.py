@@ -9,7 +9,7 @@ import torch
 if not interpreted_backend.ENABLED:
     pytest.skip(interpreted_backend.REASON, allow_module_level=True)
 import interpreted_kernels as kernels
-from interpretation import AccessError
+from interpretation import AccessError, corners_only
 
 pytestmark = pytest.mark.interpreter
 interpreted_backend.install()
@@ -96,6 +96,13 @@ def test_programs_run_in_another_order_each_time() -> None:
         orders.append(out.tolist())
         assert sorted(orders[-1]) == list(range(32))
     assert orders[0] != orders[1]
+
+
+def test_corners_of_a_grid() -> None:
+    out = torch.full((32,), -1, dtype=torch.int32)
+    with corners_only():
+        kernels.order_kernel[(32, 3)](out, torch.zeros(1, dtype=torch.int32))
+    assert out.tolist() == [0, 0, 31, 31] + [-1] * 28
 
 
 def test_numbers_of_one_element_are_scalars() -> None:

@@ -18,7 +18,6 @@ EPS = 1e-5
 LAYOUTS = [(torch.channels_last, torch.bfloat16), (torch.contiguous_format, torch.float16)]
 
 
-
 def parameter(backend: str) -> Any:
     reason = missing("bn_relu", backend)
     marks = [] if reason is None else [pytest.mark.skip(reason=reason)]
