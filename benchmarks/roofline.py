@@ -44,6 +44,8 @@ GPUS = {
     "H200": Gpu(989.4, 494.7, 4.8, "NVIDIA H200 datasheet, SXM"),
     "A100": Gpu(312.0, 156.0, 2.039, "NVIDIA A100 datasheet, SXM, 80 GB"),
 }
+# Of the same chips, with slower memory than the table says.
+_OTHER_VARIANTS = re.compile("PCIe|NVL|40GB")
 ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # By the modes of the benchmarks, and of training: the steps that they consist of.
 STEPS = {
@@ -280,6 +282,8 @@ def main() -> int:
         parser.error("--batch and --size must be at least 1")
     if arguments.plot and len(arguments.csv) != 1:
         parser.error("--plot must come with exactly one --csv FILE")
+    if arguments.csv and arguments.gpu and len(arguments.gpu) != 1:
+        parser.error("--gpu must name exactly one GPU with --csv")
     return _show_measured(arguments) if arguments.csv else _show_network(arguments)
 
 
@@ -303,7 +307,7 @@ def _show_network(arguments: argparse.Namespace) -> int:
 def _show_measured(arguments: argparse.Namespace) -> int:
     """A table and a plot for each file; 1 where one cannot be read."""
     status = 0
-    gpu = GPUS[arguments.gpu[0]] if arguments.gpu and len(arguments.gpu) == 1 else None
+    gpu = GPUS[arguments.gpu[0]] if arguments.gpu else None
     for path in arguments.csv:
         try:
             found = measured(path, gpu)
@@ -339,7 +343,7 @@ def _last_convolution(block: nn.Module) -> nn.Module:
 
 def _gpu_named(device_name: str) -> Gpu:
     for name, gpu in GPUS.items():
-        if name in device_name:
+        if re.search(rf"\b{name}\b", device_name) and not _OTHER_VARIANTS.search(device_name):
             return gpu
     raise ValueError(
         f"the device {device_name!r} is not in the table of GPUs (name the one to compare with by"

@@ -272,6 +272,27 @@ def test_sums_over_the_layers_of_a_network() -> None:
     assert [float(cell) for cell in rate[1:]] == pytest.approx([256e6 / t for t in us], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("device_name", "gpu"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        # With another memory, or another chip.
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA GH200 480GB", None),
+    ],
+)
+def test_gpu_of_a_device(device_name: str, gpu: str | None) -> None:
+    if gpu is not None:
+        assert roofline._gpu_named(device_name) == roofline.GPUS[gpu]
+        return
+    with pytest.raises(ValueError, match=f"the device '{device_name}' is not in the table"):
+        roofline._gpu_named(device_name)
+
+
 def test_table_of_a_network(run: Callable[..., Done]) -> None:
     done = run("--model", "resnet20", "--size", "32", "--batch", "4", "--gpu", "H200,A100")
     assert done.status == 0, done.err
@@ -293,6 +314,7 @@ def test_table_of_a_network(run: Callable[..., Done]) -> None:
         (("--size", "0"), "--batch and --size must be at least 1"),
         (("--plot", "x.png"), "--plot must come with exactly one --csv FILE"),
         (("--plot", "x.png", "--csv", "a", "b"), "--plot must come with exactly one --csv FILE"),
+        (("--csv", "a", "--gpu", "H100,A100"), "--gpu must name exactly one GPU with --csv"),
     ],
 )
 def test_bad_arguments(arguments: tuple[str, ...], message: str, run: Callable[..., Done]) -> None:
