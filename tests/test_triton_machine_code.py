@@ -274,6 +274,20 @@ def test_every_tile_that_is_offered_has_a_way_without_spills(
     assert {tile: counts for tile, counts in spills.items() if min(counts) > 0} == {}
 
 
+@pytest.mark.parametrize("capability", [AMPERE, BLACKWELL], ids=ahead_of_time.case_id)
+def test_spills_are_seen(capability: tuple[int, int]) -> None:
+    """With half of the registers that the kernel needs; on Hopper that does not compile."""
+    layer = next(layer for layer in LAYERS if layer.is_1x1 and layer.conv.weight[0] == 128)
+    first, *_ = candidates("conv_bn_relu", layer, capability, torch.bfloat16)
+    launch = functools.partial(
+        *(VARIANTS["conv_bn_relu"].launch, layer, torch.bfloat16, first._replace(registers=64))
+    )
+    (code,) = ahead_of_time.products(capability, launch)
+    assert code.count("LDL", "STL") > 0
+    assert code.stack_bytes > 0
+    assert code.spills > code.stack_bytes
+
+
 @every_variant
 @every_capability
 def test_products_of_16_bit_floats_use_the_tensor_cores(
