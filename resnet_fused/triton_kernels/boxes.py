@@ -64,8 +64,3 @@ def argument(view: View | None, tensor: Tensor | None) -> Any:
 @functools.cache
 def _attributes(view: View, dtype: torch.dtype) -> dict[str, Any]:
     return vars(TensorDescriptor(torch.empty(0, dtype=dtype), *map(list, view)))
-
-
-def per_axis(name: str, pair: Sequence[int]) -> dict[str, int]:
-    """The constants of a kernel for rows and for columns."""
-    return {f"{name}_H": pair[0], f"{name}_W": pair[1]}

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resnet_fused.layout import to_format
 from resnet_fused.triton_kernels import boxes, convolution, device, reductions, tiles
 from resnet_fused.triton_kernels.boxes import View
-from resnet_fused.triton_kernels.convolution import Configuration
+from resnet_fused.triton_kernels.convolution import LEAST_DOT, LEAST_WGMMA, Configuration, side
 from resnet_fused.triton_kernels.device import Architecture
 from resnet_fused.triton_kernels.problem import (
     TMA_KINDS,
@@ -25,6 +26,7 @@ from resnet_fused.triton_kernels.problem import (
     Kind,
     PixelTile,
     kind_of_pixels,
+    per_axis,
     pixel_tile,
 )
 from resnet_fused.triton_kernels.problem import tiles as count_tiles
@@ -63,8 +65,6 @@ _BY_POINTER = (
     Configuration("gather", 64, 64, 32, warps=4, stages=4),
     Configuration("gather", 32, 32, 64, warps=4, stages=4),
 )
-_LEAST_DOT = 16  # the least side of a product of tensor cores
-_LEAST_WGMMA = 64  # rows of wgmma, which are channels where the product is transposed
 _ELEMENTWISE_TILE = 4096  # 16 elements per thread of 8 warps: two loads of 16 bytes in flight
 
 
@@ -123,9 +123,9 @@ def _fitted(
 ) -> Configuration:
     """`row` for such tensors, with as many stages as shared memory holds."""
     # What does not exist, TMA fills with zeros.
-    least_n = _LEAST_DOT if row.kind == "gather" else _LEAST_WGMMA
-    block_n = _side(problem.c // problem.groups, least_n, row.block_n)
-    block_k = _side(problem.k // problem.groups, _LEAST_DOT, row.block_k * 2 // dtype.itemsize)
+    least_n = LEAST_DOT if row.kind == "gather" else LEAST_WGMMA
+    block_n = side(problem.c // problem.groups, least_n, row.block_n)
+    block_k = side(problem.k // problem.groups, LEAST_DOT, row.block_k * 2 // dtype.itemsize)
     stage_bytes = (row.block_m * (2 if options.prologue else 1) + block_n) * block_k
     # What is left is for barriers.
     stages = (architecture.shared_bytes - device.KIB) // (stage_bytes * dtype.itemsize)
@@ -140,10 +140,6 @@ def _fitted(
         stages=max(1, min(row.stages, stages)),
         registers=registers,
     )
-
-
-def _side(size: int, least: int, most: int) -> int:
-    return max(least, min(most, triton.next_power_of_2(size)))
 
 
 def _phase(problem: ConvProblem) -> tuple[int, int, int]:
@@ -655,7 +651,8 @@ def conv_dgrad(
     configuration: Configuration | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(grad_x, sum_grad, sum_grad_x, grad_conv), activations in channels_last."""
-    grad_y, y, residual, x = (_channels_last(t) for t in (grad_y, y, residual, x))
+    grad_y = grad_y.contiguous(memory_format=torch.channels_last)
+    y, residual, x = (to_format(t, torch.channels_last) for t in (y, residual, x))
     weight = convolution.packed(weight, grad_y.dtype)
     problem = _problem(grad_y.shape, weight, input_size, stride, padding, dilation, groups)
     grad_x = _empty(grad_y, (problem.n, problem.c, problem.h, problem.w))
@@ -727,10 +724,6 @@ def _problem(
     )
 
 
-def _channels_last(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tensor.contiguous(memory_format=torch.channels_last)
-
-
 def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(
         tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last
@@ -784,12 +777,10 @@ def _plan(
     heavy = [_heaviest(*each) for each in zip((r, s), stride, padding, dilation, strict=True)]
     constants: dict[str, Any] = {
         **{"C": c, "K": k, "R": r, "S": s},
-        **boxes.per_axis("PADDING", padding),
-        **boxes.per_axis("DILATION", dilation),
-        **boxes.per_axis(
-            "STEP", [a // math.gcd(a, b) for a, b in zip(stride, dilation, strict=True)]
-        ),
-        **boxes.per_axis("HEAVY", heavy),
+        **per_axis("PADDING", padding),
+        **per_axis("DILATION", dilation),
+        **per_axis("STEP", [a // math.gcd(a, b) for a, b in zip(stride, dilation, strict=True)]),
+        **per_axis("HEAVY", heavy),
         "PACKED": assembly and row.assembly and options.prologue and dtype.itemsize == 2,
         "PRECISION": precision,
         **{"BLOCK_C": row.block_n, "BLOCK_K": row.block_k, "STAGES": row.stages},
@@ -798,7 +789,7 @@ def _plan(
     views: tuple[View | None, ...] = (None,) * 7
     if row.kind == "gather":
         kernel, sizes = _conv_dgrad_kernel, (n, h, w, p, q)
-        constants |= {**boxes.per_axis("STRIDE", stride), "GROUPS": groups, "BLOCK_M": row.block_m}
+        constants |= {**per_axis("STRIDE", stride), "GROUPS": groups, "BLOCK_M": row.block_m}
     else:
         kernel, sizes = _conv_dgrad_tma_kernel, _phase(problem)
         of_y = boxes.like_y(problem, row.kind, tile, row.block_k)
@@ -812,13 +803,6 @@ def _plan(
             "SWAPPED": architecture.generation == "hopper",
             "WHOLE": _whole(problem, row),
         }
-    launch_options: dict[str, Any] = {
-        "num_warps": row.warps,
-        "num_stages": row.stages,
-        "enable_fp_fusion": False,
-    }
-    if row.registers is not None:
-        launch_options["maxnreg"] = row.registers
     phases = stride[0] * stride[1]
     return _Plan(
         views=views,
@@ -827,7 +811,7 @@ def _plan(
         partials=_tiles(problem, row) * phases,
         sizes=sizes,
         constants=constants,
-        options=launch_options,
+        options=convolution.launch_options(row),
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from resnet_fused.triton_kernels import boxes, convolution, device, tiles
 from resnet_fused.triton_kernels.boxes import View
-from resnet_fused.triton_kernels.convolution import Configuration
+from resnet_fused.triton_kernels.convolution import LEAST_DOT, LEAST_WGMMA, Configuration, side
 from resnet_fused.triton_kernels.device import Architecture
 from resnet_fused.triton_kernels.problem import (
     TMA_KINDS,
@@ -25,6 +25,7 @@ from resnet_fused.triton_kernels.problem import (
     PixelTile,
     conv_problem,
     kind_of_pixels,
+    per_axis,
     pixel_tile,
 )
 from resnet_fused.triton_kernels.problem import tiles as count_tiles
@@ -41,8 +42,6 @@ _BY_TMA = (
 _BY_POINTER = tuple(
     row._replace(kind="gather", block_k=32, stages=4, registers=None) for row in _BY_TMA
 )
-_LEAST_DOT = 16  # the least side of a product of tensor cores
-_LEAST_WGMMA = 64  # rows of wgmma, which are kernels or channels
 _WHOLE_VECTORS = 32  # channels: the least tile that has one tap
 _RESIDENT_PROGRAMS = 2  # of a multiprocessor
 _LEAST_STEPS = 4  # of a split: below it filling the pipeline is most of the work
@@ -67,9 +66,9 @@ def configurations(
     found = []
     for row in table:
         # What does not exist, TMA fills with zeros.
-        least = _LEAST_DOT if kind == "gather" else _LEAST_WGMMA
-        block_m = _side(rows, least, row.block_m)
-        block_n = _side(columns, least, row.block_n)
+        least = LEAST_DOT if kind == "gather" else LEAST_WGMMA
+        block_m = side(rows, least, row.block_m)
+        block_n = side(columns, least, row.block_n)
         if (block_m, block_n) != (row.block_m, row.block_n) and row is not table[-1]:
             continue  # a smaller tile of the table does the same with fewer warps
         warps = row.warps
@@ -78,7 +77,7 @@ def configurations(
         elif kind == "gather":
             while problem.c // problem.groups % block_n:
                 block_n //= 2
-        block_k = max(_LEAST_DOT, row.block_k * 2 // dtype.itemsize)
+        block_k = max(LEAST_DOT, row.block_k * 2 // dtype.itemsize)
         stage_bytes = (block_m + block_n) * block_k * dtype.itemsize
         stages = max(1, min(row.stages, (architecture.shared_bytes - device.KIB) // stage_bytes))
         made = Configuration(kind, block_m, block_n, block_k, warps, stages)
@@ -127,10 +126,6 @@ def _is_ragged(problem: ConvProblem, configuration: Configuration) -> bool:
         return False
     tile, _ = _tile(problem, configuration)
     return problem.p % tile.h != 0 or problem.q % tile.w != 0
-
-
-def _side(size: int, least: int, most: int) -> int:
-    return max(least, min(most, triton.next_power_of_2(size)))
 
 
 @triton.jit(do_not_specialize=["h", "w", "p", "q", "steps", "steps_per_split"])
@@ -492,8 +487,8 @@ def _plan(
     n, c, h, w, k, r, s, p, q, stride, padding, dilation, groups = problem
     constants: dict[str, Any] = {
         **{"C": c, "K": k, "R": r, "S": s},
-        **boxes.per_axis("PADDING", padding),
-        **boxes.per_axis("DILATION", dilation),
+        **per_axis("PADDING", padding),
+        **per_axis("DILATION", dilation),
         "ASSEMBLY": assembly and row.assembly and prologue and dtype.itemsize == 2,
         "PRECISION": precision,
         **{"BLOCK_K": row.block_m, "BLOCK_C": row.block_n, "STAGES": row.stages},
@@ -503,7 +498,7 @@ def _plan(
     if row.kind == "gather":
         columns = triton.cdiv(r * s * c // groups, row.block_n)
         constants |= {
-            **boxes.per_axis("STRIDE", stride),
+            **per_axis("STRIDE", stride),
             **{"GROUPS": groups, "POINTWISE": problem.is_pointwise, "PIXELS": row.block_k},
         }
     else:
@@ -524,13 +519,6 @@ def _plan(
     )
     steps_per_split = triton.cdiv(steps, splits)
     splits = triton.cdiv(steps, steps_per_split)
-    options: dict[str, Any] = {
-        "num_warps": row.warps,
-        "num_stages": row.stages,
-        "enable_fp_fusion": False,
-    }
-    if row.registers is not None:
-        options["maxnreg"] = row.registers
     gathered = row.kind == "gather"
     return _Plan(
         views=views,
@@ -541,5 +529,5 @@ def _plan(
         if gathered
         else (h, w, p, q, steps, steps_per_split),
         constants=constants,
-        options=options,
+        options=convolution.launch_options(row),
     )

@@ -30,8 +30,8 @@ from resnet_fused.triton_kernels.problem import tiles as count_tiles
 
 # Below it a tap's channels fill less than one instruction of the tensor cores.
 _FEW_CHANNELS = 16
-_SMALLEST_DOT = 16
-_SMALLEST_WGMMA = 64  # rows of its accumulator
+LEAST_DOT = 16  # the least side of a product of tensor cores
+LEAST_WGMMA = 64  # rows of its accumulator
 # Registers of a thread where two programs of 8 warps share a multiprocessor: one computes while
 # the other one stores.
 _TWO_OF_EIGHT_WARPS = 128
@@ -42,8 +42,8 @@ class Configuration(NamedTuple):
 
     block_m pixels by block_n kernels per program, block_k channels per step; registers: of a
     thread at most, so that more programs share a multiprocessor; assembly: whether the prologue
-    may use it; persistent: one program per multiprocessor takes tile after tile, and reads the next
-    one, and its residual, while it finishes one.
+    may use it; persistent, for "rows" in the forward: one program per multiprocessor takes tile
+    after tile, and reads the next one, and its residual, while it finishes one.
     """
 
     kind: Kind
@@ -591,6 +591,23 @@ def configurations(
     return tuple(dict.fromkeys([first, *found, *free]))
 
 
+def side(size: int, least: int, most: int) -> int:
+    """Of a tile over `size` elements: a power of two between the others."""
+    return max(least, min(most, triton.next_power_of_2(size)))
+
+
+def launch_options(configuration: Configuration) -> dict[str, Any]:
+    """Keywords of the launch. No fusion to fma: where there is to be one, kernels say so."""
+    options: dict[str, Any] = {
+        "num_warps": configuration.warps,
+        "num_stages": configuration.stages,
+        "enable_fp_fusion": False,
+    }
+    if configuration.registers is not None:
+        options["maxnreg"] = configuration.registers
+    return options
+
+
 def is_fused_prologue(problem: ConvProblem) -> bool:
     """Whether main loops apply a prologue: where they read every pixel of x once at most."""
     return (
@@ -685,10 +702,10 @@ def _of_table(
         channels = problem.s * problem.c + _early(problem) * _has_pairs(problem, dtype)
     elif kind == "depthwise":
         channels, kernels = 1, problem.k
-    smallest_n = _SMALLEST_WGMMA if kind in TMA_KINDS else _SMALLEST_DOT
+    smallest_n = LEAST_WGMMA if kind in TMA_KINDS else LEAST_DOT
     widest = max(smallest_n, triton.next_power_of_2(kernels))
     for row in table:
-        if row.block_n > max(widest, _SMALLEST_WGMMA):
+        if row.block_n > max(widest, LEAST_WGMMA):
             continue  # another row is as high and no wider than needed
         block_n = min(row.block_n, widest)
         block_k = _block_k(row, channels, dtype)
@@ -724,9 +741,9 @@ def _block_k(row: _Row, channels: int, dtype: torch.dtype) -> int:
     if row.block_k == 1:
         return 1
     at_most = row.block_k * 2 // dtype.itemsize
-    block_k = max(_SMALLEST_DOT, min(at_most, triton.next_power_of_2(channels)))
+    block_k = side(channels, LEAST_DOT, at_most)
     half = block_k // 2
-    return half if half >= _SMALLEST_DOT and channels % block_k == half else block_k
+    return half if half >= LEAST_DOT and channels % block_k == half else block_k
 
 
 def _has_pairs(problem: ConvProblem, dtype: torch.dtype) -> bool:
@@ -827,15 +844,9 @@ def _plan(
         persistent=configuration.persistent,
         precision=precision,
     )
-    options = {
-        "num_warps": configuration.warps,
-        "num_stages": configuration.stages,
-        "enable_fp_fusion": False,
-    }
     # Three products for one, from registers: they need as many as there are.
     splits = dtype == torch.float32 and precision == "tf32x3"
-    if configuration.registers is not None and not splits:
-        options["maxnreg"] = configuration.registers
+    options = launch_options(configuration._replace(registers=None) if splits else configuration)
     sizes = problem.n, problem.h, problem.w, problem.p, problem.q, steps
     tiles_ = _tiles(problem, configuration)
     whole = tiles_ * configuration.block_m == problem.rows

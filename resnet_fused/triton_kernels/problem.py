@@ -114,3 +114,8 @@ def pixel_tile(n: int, h: int, w: int, pixels: int) -> PixelTile:
 def tiles(n: int, h: int, w: int, tile: PixelTile) -> int:
     """Boxes that it takes to cover (n, h, w)."""
     return -(-n // tile.n) * -(-h // tile.h) * -(-w // tile.w)
+
+
+def per_axis(name: str, pair: Sequence[int]) -> dict[str, int]:
+    """The constants of a kernel for rows and for columns."""
+    return {f"{name}_H": pair[0], f"{name}_W": pair[1]}
