@@ -22,7 +22,7 @@ PY ?= .venv/bin/python
 SCRIPTS = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 PIP = $(PY) -m pip --disable-pip-version-check -qq
 STAMPS := $(if $(NAMED),build/stamps/$(subst /,-,$(abspath $(PY))),.venv/stamps)
-CPP_FILES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.inl tests/*.cu)
+CPP_FILES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h csrc/*/*.inl tests/*.cu)
 
 # requirements-test.txt in two parts: resolved by pip, and installed with --no-deps.
 RESOLVED := sed '/--no-deps,/,$$d' requirements-test.txt

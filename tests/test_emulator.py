@@ -231,15 +231,19 @@ class TestCorrectKernels:
         assert copy == {
             **{"kernel": "copy_kernel", "grid": [3, 1, 1], "block": [128, 1, 1]},
             **{"bytes_read": 1027 * 4, "bytes_written": 1027 * 4},
+            **{"distinct_bytes_read": 1027 * 4, "distinct_bytes_written": 1027 * 4},
             # 256 vectors and 3 single elements, in and out.
             **{"accesses": {"4": 6, "16": 512}, "atomics": 0, "shared_bytes": 0, "barriers": 0},
+            **{"products": 0, "bank_conflicts": 0},
         }
         assert sum_ == {
             **{"kernel": "sum_kernel", "grid": [5, 1, 1], "block": [128, 1, 1]},
             **{"bytes_read": (1027 + 5) * 4, "bytes_written": (5 + 1) * 4},
+            **{"distinct_bytes_read": (1027 + 5) * 4, "distinct_bytes_written": (5 + 1) * 4},
             **{"accesses": {"4": 1027 + 5 + 5 + 1}, "atomics": 5, "shared_bytes": 128 * 4 + 1},
             # Three in each sum of a block, one more before the last block is known.
             "barriers": 5 * (3 + 1) + 3,
+            **{"products": 0, "bank_conflicts": 0},
         }
         assert reverse["accesses"] == {"4": 2048}
         assert reverse["shared_bytes"] == 512

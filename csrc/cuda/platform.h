@@ -94,6 +94,15 @@ inline int multiprocessor_count(int device) {
   return count;
 }
 
+// Before a launch with so much dynamic shared memory. Without it, a kernel gets up to 48 KiB.
+template <class Kernel>
+void allow_shared_bytes(Kernel* kernel, size_t bytes) {
+  constexpr size_t kAlwaysAllowed = 48 * 1024;
+  if (bytes <= kAlwaysAllowed) return;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(bytes)));
+}
+
 inline void zero_async(void* p, size_t bytes, cudaStream_t stream) {
   STD_CUDA_CHECK(cudaMemsetAsync(p, 0, bytes, stream));
 }

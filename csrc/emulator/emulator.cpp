@@ -1,4 +1,6 @@
 // The scheduler of the emulator: fibers, blocks, barriers and warp collectives.
+#pragma GCC optimize("O3")
+
 #include "emulator/emulator.h"
 
 #include <sys/mman.h>
@@ -11,10 +13,12 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "emulator/global_memory.h"
 #include "emulator/records.h"
+#include "emulator/shared_memory.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -51,8 +55,9 @@ resnet_fused_switch_stack:
 namespace resnet_fused::emulator {
 namespace {
 
-// Without a request by cudaFuncSetAttribute, which platform.h does not make.
+// Without a request by cudaFuncSetAttribute, as platform.h makes in allow_shared_bytes; and with it.
 constexpr size_t kMaxSharedBytes = 48 * 1024;
+constexpr size_t kMaxAllowedSharedBytes = 227 * 1024;
 constexpr unsigned kMaxGridYZ = 65535;
 
 struct StackBounds {
@@ -77,7 +82,8 @@ void finish_switch(void*, StackBounds*) {}
 // waited leaves its fiber to the next one, so a block without barriers needs only one.
 class Fiber {
  public:
-  Fiber() {
+  // index: among all fibers.
+  explicit Fiber(size_t index) : colour_(index * kColourBytes % kColours) {
     void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -98,7 +104,7 @@ class Fiber {
 #endif
     fake_stack_ = nullptr;
     // Six registers, the address to return to, and a return address of none above it.
-    void** top = reinterpret_cast<void**>(bottom + kStackBytes) - 8;
+    void** top = reinterpret_cast<void**>(bottom + kStackBytes - colour_) - 8;
     std::fill(top, top + 8, nullptr);
     top[6] = reinterpret_cast<void*>(&Fiber::main);
     stack_pointer_ = top;
@@ -118,12 +124,24 @@ class Fiber {
     Fiber* const self = current_;
     start_switch(&self->fake_stack_, scheduler_bounds_);
     resnet_fused_switch_stack(&self->stack_pointer_, scheduler_stack_pointer_);
-    finish_switch(self->fake_stack_, &scheduler_bounds_);
+    finish_switch(self->fake_stack_, nullptr);
+  }
+
+  // The same to a fiber that has paused.
+  static void pause_for(Fiber& other) {
+    Fiber* const self = current_;
+    current_ = &other;
+    start_switch(&self->fake_stack_, {other.memory_ + kGuardBytes, kStackBytes});
+    resnet_fused_switch_stack(&self->stack_pointer_, other.stack_pointer_);
+    finish_switch(self->fake_stack_, nullptr);
   }
 
  private:
   static constexpr size_t kGuardBytes = 4096;
   static constexpr size_t kStackBytes = 256 * 1024;
+  // Where stacks begin, so that those of a warp do not all compete for the same lines of the cache.
+  static constexpr size_t kColourBytes = 9 * 64;
+  static constexpr size_t kColours = 64 * 64;
 
   [[noreturn]] static void main();
 
@@ -131,6 +149,15 @@ class Fiber {
   static inline void* scheduler_stack_pointer_ = nullptr;
   static inline StackBounds scheduler_bounds_;
 
+  // Between threads: back to the scheduler, which may be on another stack when it resumes.
+  static void pause_at_end() {
+    Fiber* const self = current_;
+    start_switch(&self->fake_stack_, scheduler_bounds_);
+    resnet_fused_switch_stack(&self->stack_pointer_, scheduler_stack_pointer_);
+    finish_switch(self->fake_stack_, &scheduler_bounds_);
+  }
+
+  size_t colour_;
   std::byte* memory_ = nullptr;
   void* stack_pointer_ = nullptr;
   void* fake_stack_ = nullptr;
@@ -144,7 +171,7 @@ struct Thread {
   uint3 index{};
   // Where it waits.
   Site site;
-  CollectiveCall call{};
+  const CollectiveCall* call = nullptr;
   uint64_t result = 0;
 };
 
@@ -163,17 +190,47 @@ class Random {
   uint64_t state_;
 };
 
-// A cheap shuffle: calls visit(i) for each i < n, in an order drawn from `random`.
+// A cheap shuffle of 2^n numbers.
+class Order {
+ public:
+  Order() = default;
+  explicit Order(Random& random) {
+    const uint64_t bits = random();
+    factor_ = (bits & 0xffff) | 1;
+    offset_ = bits >> 16 & 0xffff;
+    flip_ = bits >> 32;
+  }
+  uint64_t operator()(uint64_t i, uint64_t size) const {
+    return ((i * factor_ + offset_) ^ flip_) & (size - 1);
+  }
+
+ private:
+  uint64_t factor_ = 1;
+  uint64_t offset_ = 0;
+  uint64_t flip_ = 0;
+};
+
+// Calls visit(i) for each i < n, in an order drawn from `random`.
 template <class Visit>
 void for_each_shuffled(uint64_t n, Random& random, Visit&& visit) {
   const uint64_t size = std::bit_ceil(n);
-  const uint64_t bits = random();
-  const uint64_t factor = (bits & 0xffff) | 1, offset = bits >> 16 & 0xffff, flip = bits >> 32;
+  const Order order(random);
   for (uint64_t i = 0; i < size; ++i) {
-    const uint64_t j = ((i * factor + offset) ^ flip) & (size - 1);
+    const uint64_t j = order(i, size);
     if (j < n) visit(j);
   }
 }
+
+// The lanes of the warp that runs, each once in a round, up to where they wait.
+struct Round {
+  Thread* lanes = nullptr;
+  unsigned count = 0;
+  Order order;
+  unsigned position = 0;
+  // The first collective that a lane has come to, and how many lanes have come to the same.
+  const CollectiveCall* call = nullptr;
+  int lanes_at_call = 0;
+};
 
 struct Settings {
   uint64_t seed = 0;
@@ -189,8 +246,10 @@ struct Scheduler {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Fiber*> free_fibers;
   std::vector<Thread> threads;
-  std::vector<Cell> dynamic_cells;
-  std::unique_ptr<std::byte[]> dynamic_bytes;
+  Random random{0};
+  Round round;
+  // By kernel.
+  std::unordered_map<const void*, size_t> allowed_shared_bytes;
 
   const Launch* launch = nullptr;
   void (*body)(void*) = nullptr;
@@ -205,7 +264,7 @@ Scheduler& scheduler() {
 }
 
 std::string to_string(const uint3& index) {
-  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+  return std::string("(") + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
          std::to_string(index.z) + ")";
 }
 
@@ -217,6 +276,12 @@ std::string to_string(const void* address) {
 
 std::string to_string(const Site& site) {
   return std::string(site.file_name()) + ":" + std::to_string(site.line());
+}
+
+std::string to_string(const SharedAccess& access) {
+  const bool is_element = access.array != nullptr;
+  return (is_element ? "element " : "byte ") + std::to_string(access.index) + " of " +
+         (is_element ? access.array : "the dynamic shared memory");
 }
 
 std::string to_string(const Thread& thread) { return "thread " + to_string(thread.index); }
@@ -250,37 +315,45 @@ void Fiber::main() {
     // Exceptions cannot cross to the scheduler's stack.
     try {
       s.body(s.context);
+      check_copies_landed();
     } catch (const std::exception& error) {
       s.error = error.what();
     }
     s.threads[current_thread].state = State::kEnded;
-    pause();
+    pause_at_end();
   }
 }
 
-void resume(Scheduler& s, unsigned t) {
-  Thread& thread = s.threads[t];
+void enter(Scheduler& s, const Thread& thread) {
+  current_thread = static_cast<unsigned>(&thread - s.threads.data());
+  threadIdx = thread.index;
+}
+
+// Until it, or one that has taken over from it, has to wait for the scheduler or ends.
+void resume(Scheduler& s, Thread& thread) {
   if (thread.fiber == nullptr) {
     if (s.free_fibers.empty()) {
-      s.fibers.push_back(std::make_unique<Fiber>());
+      s.fibers.push_back(std::make_unique<Fiber>(s.fibers.size()));
       s.free_fibers.push_back(s.fibers.back().get());
     }
     thread.fiber = s.free_fibers.back();
     s.free_fibers.pop_back();
   }
-  current_thread = t;
-  threadIdx = thread.index;
+  enter(s, thread);
   thread.fiber->resume();
   if (!s.error.empty()) [[unlikely]] {
     throw std::runtime_error(s.error);
   }
-  if (thread.state == State::kEnded) {
-    s.free_fibers.push_back(thread.fiber);
-    thread.fiber = nullptr;
+  Thread& last = s.threads[current_thread];
+  if (last.state == State::kEnded) {
+    s.free_fibers.push_back(last.fiber);
+    last.fiber = nullptr;
   }
 }
 
 bool is_same(const Site& a, const Site& b) {
+  static_assert(sizeof(Site) == sizeof(void*));
+  if (std::bit_cast<const void*>(a) == std::bit_cast<const void*>(b)) return true;
   return a.line() == b.line() && a.column() == b.column() &&
          std::strcmp(a.file_name(), b.file_name()) == 0;
 }
@@ -290,51 +363,112 @@ std::string whereabouts(const Thread& thread) {
     case State::kAtBarrier:
       return to_string(thread) + " waits in __syncthreads at " + to_string(thread.site);
     case State::kAtCollective:
-      return to_string(thread) + " waits in " + thread.call.name + " at " + to_string(thread.site);
+      return to_string(thread) + " waits in " + thread.call->name + " at " + to_string(thread.site);
     default:
       return to_string(thread) + " has ended";
   }
 }
 
-// With every lane of the warp waiting or ended, and at least one at a collective.
-void complete_collective(Scheduler& s, unsigned begin, unsigned end) {
-  Thread* const lanes = &s.threads[begin];
-  const unsigned count = end - begin;
-  const Thread& first = *std::find_if(
-      lanes, lanes + count, [](const Thread& t) { return t.state == State::kAtCollective; });
-  for (unsigned i = 0; i < count; ++i) {
-    if (lanes[i].state != State::kAtCollective || !is_same(lanes[i].site, first.site)) {
-      fail("divergent warp collective: " + whereabouts(first) + ", but " + whereabouts(lanes[i]));
+bool is_same(const CollectiveCall& a, const CollectiveCall& b) {
+  return is_same(a.site, b.site) && a.operation == b.operation;
+}
+
+void begin_round(Scheduler& s) {
+  s.round.order = Order(s.random);
+  s.round.position = 0;
+  s.round.call = nullptr;
+  s.round.lanes_at_call = 0;
+}
+
+// The next lane of the round that can go on, if there is one.
+Thread* next_lane(Round& round) {
+  while (round.position < kWarpSize) {
+    const uint64_t lane = round.order(round.position++, kWarpSize);
+    if (lane < round.count && round.lanes[lane].state == State::kReady) return round.lanes + lane;
+  }
+  return nullptr;
+}
+
+// With all lanes of the warp at the same collective.
+void complete_collective(Scheduler& s) {
+  Thread* const lanes = s.round.lanes;
+  const CollectiveCall& any = *lanes[0].call;
+  switch (any.kind) {
+    case Collective::kSyncwarp:
+      ++warp_phases[warp_of(static_cast<unsigned>(lanes - s.threads.data()))];
+      break;
+    case Collective::kShuffle:
+      for (int i = 0; i < kWarpSize; ++i) {
+        lanes[i].result = lanes[lanes[i].call->source_lane].call->value;
+      }
+      break;
+    case Collective::kBallot: {
+      uint64_t ballot = 0;
+      for (int i = 0; i < kWarpSize; ++i) ballot |= uint64_t{lanes[i].call->value != 0} << i;
+      for (int i = 0; i < kWarpSize; ++i) lanes[i].result = ballot;
+      break;
+    }
+    case Collective::kOperation: {
+      std::array<void*, kWarpSize> arguments;
+      for (int i = 0; i < kWarpSize; ++i) arguments[i] = lanes[i].call->argument;
+      enter(s, lanes[0]);
+      any.operation(arguments.data(), any.site);
+      break;
     }
   }
-  if (count < kWarpSize) {
-    fail(std::string(first.call.name) + " at " + to_string(first.site) +
-         " is called by a warp of only " + std::to_string(count) + " threads");
+  for (int i = 0; i < kWarpSize; ++i) lanes[i].state = State::kReady;
+}
+
+// With every lane of the warp waiting or ended, and at least one at a collective.
+[[noreturn]] void fail_collective(const Round& round) {
+  const Thread* const end = round.lanes + round.count;
+  const Thread& first = *std::find_if(
+      round.lanes, round.lanes + round.count,
+      [](const Thread& lane) { return lane.state == State::kAtCollective; });
+  const auto other = std::find_if(round.lanes, round.lanes + round.count, [&](const Thread& lane) {
+    return lane.state != State::kAtCollective || !is_same(*lane.call, *first.call);
+  });
+  if (other != end) {
+    fail("divergent warp collective: " + whereabouts(first) + ", but " + whereabouts(*other));
   }
-  uint64_t ballot = 0;
-  for (unsigned i = 0; i < count; ++i) ballot |= uint64_t{lanes[i].call.value != 0} << i;
-  for (unsigned i = 0; i < count; ++i) {
-    const CollectiveCall& call = lanes[i].call;
-    lanes[i].result =
-        call.kind == Collective::kShuffle ? lanes[call.source_lane].call.value : ballot;
-    lanes[i].state = State::kReady;
-  }
-  if (first.call.kind == Collective::kSyncwarp) ++warp_phases[warp_of(begin)];
+  fail(std::string(first.call->name) + " at " + to_string(first.site) +
+       " is called by a warp of only " + std::to_string(round.count) + " threads");
 }
 
 // Runs a warp until all its threads wait for those of other warps, or have ended.
-void run_warp(Scheduler& s, unsigned warp, Random& random) {
+void run_warp(Scheduler& s, unsigned warp) {
   const unsigned begin = warp * kWarpSize;
-  const unsigned end = std::min<unsigned>(begin + kWarpSize, s.threads.size());
+  s.round.lanes = &s.threads[begin];
+  s.round.count = std::min<unsigned>(kWarpSize, static_cast<unsigned>(s.threads.size()) - begin);
   for (;;) {
-    bool is_at_collective = false;
-    for_each_shuffled(end - begin, random, [&](uint64_t lane) {
-      Thread& thread = s.threads[begin + lane];
-      if (thread.state == State::kReady) resume(s, static_cast<unsigned>(begin + lane));
-      is_at_collective |= thread.state == State::kAtCollective;
-    });
-    if (!is_at_collective) return;
-    complete_collective(s, begin, end);
+    begin_round(s);
+    while (Thread* const lane = next_lane(s.round)) resume(s, *lane);
+    if (s.round.call == nullptr) return;
+    if (s.round.lanes_at_call != kWarpSize) fail_collective(s.round);
+    complete_collective(s);
+  }
+}
+
+// Called by a thread in whose way something is: lets the others go on until it is out of the way.
+// Mostly they hand over to each other, which is cheaper than to let the scheduler choose.
+void wait(Scheduler& s, Thread& self) {
+  for (;;) {
+    Thread* const next = next_lane(s.round);
+    if (next == nullptr && s.round.lanes_at_call == kWarpSize) {
+      complete_collective(s);
+      begin_round(s);
+    } else if (next == &self) {
+      enter(s, self);
+      return;
+    } else if (next != nullptr && next->fiber != nullptr) {
+      enter(s, *next);
+      Fiber::pause_for(*next->fiber);
+      return;
+    } else {
+      if (next != nullptr) --s.round.position;
+      Fiber::pause();
+      return;
+    }
   }
 }
 
@@ -352,13 +486,13 @@ bool check_barrier(const Scheduler& s) {
   return first.state == State::kEnded;
 }
 
-void run_block(Scheduler& s, Random& random) {
+void run_block(Scheduler& s) {
   for (Thread& thread : s.threads) thread.state = State::kReady;
   first_phase_of_block = ++phase;
   const unsigned warps = static_cast<unsigned>(s.threads.size() + kWarpSize - 1) / kWarpSize;
   for (;;) {
-    for_each_shuffled(warps, random,
-                      [&](uint64_t warp) { run_warp(s, static_cast<unsigned>(warp), random); });
+    for_each_shuffled(warps, s.random,
+                      [&](uint64_t warp) { run_warp(s, static_cast<unsigned>(warp)); });
     if (check_barrier(s)) return;
     for (Thread& thread : s.threads) thread.state = State::kReady;
     ++counters.barriers;
@@ -375,7 +509,12 @@ void abandon_threads(Scheduler& s) {
   }
 }
 
-void check_launch(const Launch& launch) {
+size_t max_shared_bytes(const Scheduler& s, const Launch& launch) {
+  const auto allowed = s.allowed_shared_bytes.find(launch.address);
+  return allowed == s.allowed_shared_bytes.end() ? kMaxSharedBytes : kMaxAllowedSharedBytes;
+}
+
+void check_launch(const Scheduler& s, const Launch& launch) {
   const dim3 &grid = launch.grid, &block = launch.block;
   const auto check = [&](bool condition, const char* what) {
     if (!condition) {
@@ -387,7 +526,14 @@ void check_launch(const Launch& launch) {
   check(grid.y <= kMaxGridYZ && grid.z <= kMaxGridYZ, "more than 65535 blocks in y or z");
   check(block.x > 0 && block.y > 0 && block.z > 0, "empty blocks");
   check(uint64_t{block.x} * block.y * block.z <= kMaxThreads, "more than 1024 threads per block");
-  check(launch.dynamic_shared_bytes <= kMaxSharedBytes, "more than 48 KiB of shared memory");
+  const auto allowed = s.allowed_shared_bytes.find(launch.address);
+  if (allowed == s.allowed_shared_bytes.end()) {
+    check(launch.dynamic_shared_bytes <= kMaxSharedBytes,
+          "more than 48 KiB of shared memory, which allow_shared_bytes has not allowed");
+  } else {
+    check(launch.dynamic_shared_bytes <= allowed->second,
+          "more shared memory than allow_shared_bytes has allowed");
+  }
 }
 
 void prepare(Scheduler& s, const Launch& launch) {
@@ -396,12 +542,7 @@ void prepare(Scheduler& s, const Launch& launch) {
   for (unsigned i = 0; i < s.threads.size(); ++i) {
     s.threads[i].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
   }
-  const size_t cells = launch.dynamic_shared_bytes / kDynamicCellBytes;
-  if (s.dynamic_cells.size() < cells) {
-    s.dynamic_cells.resize(cells);
-    s.dynamic_bytes = std::make_unique<std::byte[]>(launch.dynamic_shared_bytes);
-  }
-  dynamic_memory = {s.dynamic_bytes.get(), s.dynamic_cells.data(), launch.dynamic_shared_bytes};
+  prepare_shared_memory(launch.dynamic_shared_bytes);
 }
 
 }  // namespace
@@ -409,7 +550,7 @@ void prepare(Scheduler& s, const Launch& launch) {
 void run(const Launch& launch, void (*body)(void*), void* context) {
   Scheduler& s = scheduler();
   const std::lock_guard lock(s.mutex);
-  check_launch(launch);
+  check_launch(s, launch);
   prepare(s, launch);
   s.launch = &launch;
   s.body = body;
@@ -421,16 +562,17 @@ void run(const Launch& launch, void (*body)(void*), void* context) {
   forget_global_stores(static_cast<unsigned>(s.threads.size()));
   gridDim = launch.grid;
   blockDim = launch.block;
-  Random random(s.seed);
+  s.random = Random(s.seed);
   try {
     const uint64_t blocks = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
-    for_each_shuffled(blocks, random, [&](uint64_t i) {
+    for_each_shuffled(blocks, s.random, [&](uint64_t i) {
       blockIdx = block_index(i);
       enter_block(i);
-      run_block(s, random);
+      run_block(s);
     });
-    if (counters.static_shared_bytes + launch.dynamic_shared_bytes > kMaxSharedBytes) {
-      fail("uses more than 48 KiB of shared memory");
+    const size_t limit = max_shared_bytes(s, launch);
+    if (counters.static_shared_bytes + launch.dynamic_shared_bytes > limit) {
+      fail("uses more than " + std::to_string(limit / 1024) + " KiB of shared memory");
     }
   } catch (...) {
     abandon_threads(s);
@@ -442,10 +584,11 @@ void run(const Launch& launch, void (*body)(void*), void* context) {
 }
 
 void barrier(Site site) {
-  Thread& thread = scheduler().threads[current_thread];
+  Scheduler& s = scheduler();
+  Thread& thread = s.threads[current_thread];
   thread.site = site;
   thread.state = State::kAtBarrier;
-  Fiber::pause();
+  wait(s, thread);
 }
 
 uint64_t collective(const CollectiveCall& call) {
@@ -453,12 +596,26 @@ uint64_t collective(const CollectiveCall& call) {
     fail_in_thread(std::string("calls ") + call.name + " at " + to_string(call.site) +
                    " for a part of its warp, which is not emulated");
   }
-  Thread& thread = scheduler().threads[current_thread];
+  Scheduler& s = scheduler();
+  Thread& thread = s.threads[current_thread];
   thread.site = call.site;
-  thread.call = call;
+  thread.call = &call;
   thread.state = State::kAtCollective;
-  Fiber::pause();
+  if (s.round.call == nullptr) s.round.call = &call;
+  s.round.lanes_at_call += is_same(call, *s.round.call);
+  wait(s, thread);
   return thread.result;
+}
+
+void allow_shared_bytes(const void* kernel, size_t bytes) {
+  if (bytes <= kMaxSharedBytes) return;
+  if (bytes > kMaxAllowedSharedBytes) {
+    throw std::runtime_error("allow_shared_bytes: " + std::to_string(bytes) +
+                             " bytes are more than the 227 KiB that a block can have");
+  }
+  Scheduler& s = scheduler();
+  const std::lock_guard lock(s.mutex);
+  s.allowed_shared_bytes[kernel] = bytes;
 }
 
 void fail_alignment(const char* what, const void* address, size_t bytes, Site site) {
@@ -472,16 +629,36 @@ void fail_index(const SharedAccess& access, int count) {
 }
 
 void fail_uninitialised(const SharedAccess& access) {
-  fail_in_thread("reads uninitialised shared memory, element " + std::to_string(access.index) +
-                 " of " + access.array + ", at " + to_string(access.site) +
-                 ": no thread of the block has written it so far");
+  fail_in_thread("reads uninitialised shared memory, " + to_string(access) + ", at " +
+                 to_string(access.site) + ": no thread of the block has written it so far");
+}
+
+void fail_in_flight(const SharedAccess& access, const char* what, const Stamp& copy) {
+  fail_in_thread(std::string(what) + " " + to_string(access) + " at " + to_string(access.site) +
+                 " while a cp.async started at " + to_string(copy.site) + " by " +
+                 to_string(scheduler().threads[copy.thread]) + " is in flight");
+}
+
+void fail_end_with_copies(Site site) {
+  fail_in_thread("ends while copies are in flight: it has not waited for the cp.async started at " +
+                 to_string(site));
+}
+
+void fail_shared_alignment(const char* what, uint32_t address, size_t bytes, Site site) {
+  fail_in_thread("makes a misaligned " + std::to_string(bytes) + "-byte " + what +
+                 " of shared address " + std::to_string(address) + " at " + to_string(site));
+}
+
+void fail_shared_range(const char* what, uint32_t offset, size_t bytes, Site site) {
+  fail_in_thread("makes a " + std::to_string(bytes) + "-byte " + what + " of " +
+                 to_string(SharedAccess{nullptr, static_cast<int>(offset), site}) +
+                 ", which has " + std::to_string(dynamic_memory.size) + ", at " + to_string(site));
 }
 
 void fail_race(const SharedAccess& access, const char* what, const char* what_before,
                unsigned thread_before, Site site_before) {
-  fail_in_thread("races through shared memory: it " + std::string(what) + " element " +
-                 std::to_string(access.index) + " of " + access.array + " at " +
-                 to_string(access.site) + ", which " +
+  fail_in_thread("races through shared memory: it " + std::string(what) + " " + to_string(access) +
+                 " at " + to_string(access.site) + ", which " +
                  to_string(scheduler().threads[thread_before]) + " has " + what_before + " at " +
                  to_string(site_before) + " with no barrier between");
 }

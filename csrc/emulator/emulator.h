@@ -1,7 +1,7 @@
 // Runs CUDA kernels on the CPU. Stands in for the CUDA half of cuda/platform.h when a .cu file is
 // compiled with RESNET_FUSED_EMULATE, and finds what a GPU would turn into rare wrong results:
 // races through shared and global memory, uninitialised shared memory, barriers that not every
-// thread reaches, misaligned accesses.
+// thread reaches, misaligned accesses, copies that are used before anyone has waited for them.
 //
 // Every CUDA thread is a fiber; blocks run one after the other, in an order drawn from a seed like
 // that of the warps and lanes within them. So a kernel that waits for another block never ends
@@ -61,6 +61,32 @@ struct uint3 {
   unsigned x, y, z;
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+constexpr uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+constexpr uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+constexpr int2 make_int2(int x, int y) { return {x, y}; }
+constexpr int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+constexpr float2 make_float2(float x, float y) { return {x, y}; }
+constexpr float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
 using cudaStream_t = void*;
 
 // Of the running thread.
@@ -84,6 +110,13 @@ struct Counters {
   int64_t atomics = 0;
   int64_t barriers = 0;
   int64_t static_shared_bytes = 0;
+  // Of global memory, each counted once however often it was accessed.
+  int64_t distinct_bytes_read = 0;
+  int64_t distinct_bytes_written = 0;
+  // Instructions of the tensor cores, each for a 16x8 tile; and how often the eight rows of a matrix
+  // that a warp loads had to wait for each other.
+  int64_t products = 0;
+  int64_t bank_conflicts = 0;
 };
 inline constinit Counters counters;
 
@@ -112,8 +145,11 @@ struct Cell {
   Stamp reader;
   Stamp reader_of_other_warp;
   uint32_t reader_lanes = 0;
+  // The writer is a cp.async that it has not waited for.
+  bool is_in_flight = false;
 };
 
+// Of an element of an array, or without a name of a byte of the dynamic shared memory.
 struct SharedAccess {
   const char* array;
   int index;
@@ -124,6 +160,7 @@ struct SharedAccess {
 [[noreturn]] void fail_alignment(const char* what, const void* address, size_t bytes, Site site);
 [[noreturn]] void fail_index(const SharedAccess& access, int count);
 [[noreturn]] void fail_uninitialised(const SharedAccess& access);
+[[noreturn]] void fail_in_flight(const SharedAccess& access, const char* what, const Stamp& copy);
 [[noreturn]] void fail_race(const SharedAccess& access, const char* what, const char* what_before,
                             unsigned thread_before, Site site_before);
 
@@ -141,6 +178,9 @@ inline Stamp stamp(Site site) {
 }
 
 inline void check_read(Cell& cell, const SharedAccess& access) {
+  if (cell.is_in_flight) [[unlikely]] {
+    fail_in_flight(access, "reads", cell.writer);
+  }
   if (cell.writer.phase < first_phase_of_block) [[unlikely]] {
     fail_uninitialised(access);
   }
@@ -158,6 +198,9 @@ inline void check_read(Cell& cell, const SharedAccess& access) {
 }
 
 inline void check_write(Cell& cell, const SharedAccess& access) {
+  if (cell.is_in_flight) [[unlikely]] {
+    fail_in_flight(access, "writes", cell.writer);
+  }
   if (is_unordered(cell.writer)) [[unlikely]] {
     fail_race(access, "writes", "written", cell.writer.thread, cell.writer.site);
   }
@@ -212,15 +255,21 @@ inline Integer atomic_add(Integer* p, Integer value, Site site) {
   return before;
 }
 
-enum class Collective : uint8_t { kSyncwarp, kShuffle, kBallot };
+enum class Collective : uint8_t { kSyncwarp, kShuffle, kBallot, kOperation };
+
+// What a warp does at once, with an argument of each lane. Called for one lane, with current_thread
+// that of lane 0, which it may change.
+using WarpOperation = void (*)(void* const* arguments, Site site);
 
 struct CollectiveCall {
   Collective kind;
   const char* name;
   Site site;
-  unsigned mask;
-  uint64_t value;
-  unsigned source_lane;
+  unsigned mask = kFullMask;
+  uint64_t value = 0;
+  unsigned source_lane = 0;
+  WarpOperation operation = nullptr;
+  void* argument = nullptr;
 };
 
 void barrier(Site site);
@@ -233,8 +282,12 @@ inline T shuffle(const char* name, unsigned mask, T value, int source_lane, Site
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8));
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  bits = collective(
-      {Collective::kShuffle, name, site, mask, bits, static_cast<unsigned>(source_lane)});
+  bits = collective({.kind = Collective::kShuffle,
+                     .name = name,
+                     .site = site,
+                     .mask = mask,
+                     .value = bits,
+                     .source_lane = static_cast<unsigned>(source_lane)});
   std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
@@ -243,6 +296,7 @@ inline int current_lane() { return static_cast<int>(current_thread % kWarpSize);
 
 struct Launch {
   const char* kernel;
+  const void* address;
   dim3 grid;
   dim3 block;
   size_t dynamic_shared_bytes;
@@ -262,8 +316,12 @@ void launch(void (*kernel)(Parameters...), const char* name, dim3 grid, dim3 blo
     const auto* call = static_cast<const Call*>(context);
     std::apply(call->kernel, call->parameters);
   };
-  run({name, grid, block, dynamic_shared_bytes}, body, &call);
+  run({name, reinterpret_cast<const void*>(kernel), grid, block, dynamic_shared_bytes}, body,
+      &call);
 }
+
+// Lets later launches of the kernel have up to so much dynamic shared memory.
+void allow_shared_bytes(const void* kernel, size_t bytes);
 
 }  // namespace emulator
 
@@ -330,7 +388,7 @@ struct StaticShared {
 };
 
 // Kernels may divide their dynamic shared memory among types of different size, so it is watched
-// in pieces of 2 bytes.
+// in pieces of 2 bytes; see shared_memory.h.
 constexpr int kDynamicCellBytes = 2;
 
 struct DynamicShared {
@@ -340,9 +398,13 @@ struct DynamicShared {
 };
 inline constinit DynamicShared dynamic_memory;
 
+// From now on to the end of the launch nothing is watched in larger pieces.
+void watch_cells();
+
 template <class T>
 SharedArray<T> dynamic_shared(const char* name) {
   static_assert(sizeof(T) % kDynamicCellBytes == 0);
+  watch_cells();
   return {name, dynamic_memory.bytes, dynamic_memory.cells, sizeof(T) / kDynamicCellBytes,
           static_cast<int>(dynamic_memory.size / sizeof(T))};
 }
@@ -365,6 +427,11 @@ inline void store(V* p, std::type_identity_t<V> value,
   emulator::counters.bytes_written += sizeof(V);
   emulator::on_store(p, sizeof(V), site);
   *p = value;
+}
+
+template <class Kernel>
+void allow_shared_bytes(Kernel* kernel, size_t bytes) {
+  emulator::allow_shared_bytes(reinterpret_cast<const void*>(kernel), bytes);
 }
 
 struct DeviceGuard {
@@ -391,7 +458,7 @@ inline void __syncwarp(
     unsigned mask = resnet_fused::emulator::kFullMask,
     resnet_fused::emulator::Site site = resnet_fused::emulator::Site::current()) {
   using namespace resnet_fused::emulator;
-  collective({Collective::kSyncwarp, "__syncwarp", site, mask, 0, 0});
+  collective({.kind = Collective::kSyncwarp, .name = "__syncwarp", .site = site, .mask = mask});
 }
 
 template <class T>
@@ -432,11 +499,22 @@ inline unsigned __ballot_sync(
     unsigned mask, int predicate,
     resnet_fused::emulator::Site site = resnet_fused::emulator::Site::current()) {
   using namespace resnet_fused::emulator;
-  return static_cast<unsigned>(
-      collective({Collective::kBallot, "__ballot_sync", site, mask, predicate != 0, 0}));
+  return static_cast<unsigned>(collective({.kind = Collective::kBallot,
+                                           .name = "__ballot_sync",
+                                           .site = site,
+                                           .mask = mask,
+                                           .value = predicate != 0}));
 }
 
 inline int __popc(unsigned value) { return std::popcount(value); }
+
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(uint64_t{a} * b >> 32);
+}
+
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 
 inline void __threadfence() { resnet_fused::emulator::on_fence(); }
 

@@ -1,7 +1,9 @@
 #include "emulator/global_memory.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
+#include <cstdint>
 #include <unordered_map>
 #include <vector>
 
@@ -40,6 +42,37 @@ struct Published {
   uint32_t before_phase = 0;           // of all threads: the stores before that phase
 };
 
+// Bytes of global memory, counted once however often they are added.
+class DistinctBytes {
+ public:
+  void clear() {
+    pages_.clear();
+    last_ = nullptr;
+  }
+
+  // How many of them are new. An access is aligned to its size, so it stays within a word.
+  int add(const void* p, size_t bytes) {
+    const auto address = reinterpret_cast<uintptr_t>(p);
+    const uintptr_t page = address / kPageBytes;
+    if (last_ == nullptr || page != last_page_) {
+      last_page_ = page;
+      last_ = &pages_[page];
+    }
+    uint64_t& word = (*last_)[address % kPageBytes / 64];
+    const uint64_t added = ((uint64_t{1} << bytes) - 1) << (address % 64) & ~word;
+    word |= added;
+    return std::popcount(added);
+  }
+
+ private:
+  static constexpr uintptr_t kPageBytes = 4096;
+  using Page = std::array<uint64_t, kPageBytes / 64>;
+
+  std::unordered_map<uintptr_t, Page> pages_;
+  uintptr_t last_page_ = 0;
+  Page* last_ = nullptr;
+};
+
 class GlobalMemory {
  public:
   void begin_launch(unsigned threads) {
@@ -50,6 +83,8 @@ class GlobalMemory {
     last_line_ = 0;
     threads_.assign(threads, {});
     published_.clear();
+    read_.clear();
+    written_.clear();
   }
 
   void begin_block(uint64_t block) {
@@ -79,6 +114,7 @@ class GlobalMemory {
   }
 
   void load(const void* p, size_t bytes, Site site) {
+    counters.distinct_bytes_read += read_.add(p, bytes);
     const uintptr_t line = line_of(p);
     // Mostly what is read and what is written lie apart.
     if (line < first_line_ || line > last_line_) return;
@@ -89,6 +125,7 @@ class GlobalMemory {
   }
 
   void store(const void* p, size_t bytes, Site site) {
+    counters.distinct_bytes_written += written_.add(p, bytes);
     if (2 * (used_ + 1) > slots_.size()) grow();
     const uintptr_t line = line_of(p);
     const uint32_t mask = mask_of(p, bytes);
@@ -173,6 +210,7 @@ class GlobalMemory {
   uint32_t first_phase_of_launch_ = 0;
   uint32_t first_atomic_phase_ = UINT32_MAX;
   uint32_t clock_ = 0;  // advances with every fence
+  DistinctBytes read_, written_;
 };
 
 GlobalMemory global_memory;

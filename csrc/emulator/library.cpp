@@ -24,7 +24,10 @@ void write_record(std::ostream& json, const LaunchRecord& record) {
   json << ", \"block\": ";
   write_extents(json, record.block);
   json << ", \"bytes_read\": " << counters.bytes_read
-       << ", \"bytes_written\": " << counters.bytes_written << ", \"accesses\": {";
+       << ", \"bytes_written\": " << counters.bytes_written
+       << ", \"distinct_bytes_read\": " << counters.distinct_bytes_read
+       << ", \"distinct_bytes_written\": " << counters.distinct_bytes_written
+       << ", \"accesses\": {";
   const char* separator = "";
   for (size_t i = 0; i < counters.accesses.size(); ++i) {
     if (counters.accesses[i] == 0) continue;
@@ -32,7 +35,8 @@ void write_record(std::ostream& json, const LaunchRecord& record) {
     separator = ", ";
   }
   json << "}, \"atomics\": " << counters.atomics << ", \"shared_bytes\": " << record.shared_bytes
-       << ", \"barriers\": " << counters.barriers << "}";
+       << ", \"barriers\": " << counters.barriers << ", \"products\": " << counters.products
+       << ", \"bank_conflicts\": " << counters.bank_conflicts << "}";
 }
 
 // A JSON list of the launches since the last call.
