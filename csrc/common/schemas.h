@@ -23,6 +23,20 @@ inline constexpr const char* kKernelSchemas[] = {
     "Tensor? residual_mean, Tensor? residual_invstd, bool residual_training, bool relu) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual, "
     "Tensor grad_residual_weight, Tensor grad_residual_bias)",
+    // Of convolutions: geometry is stride, padding, dilation (2 each) and groups; tf32 is for
+    // float32; tile, splits: a configuration, or -1 and 0 to have it chosen.
+    "conv_bn_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, bool relu, "
+    "int[] geometry, bool tf32, int tile, int splits) -> Tensor",
+    "conv_bn_relu_(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor(a!) residual, "
+    "bool relu, int[] geometry, bool tf32, int tile, int splits) -> ()",
+    "conv_stats(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int[] geometry, bool tf32, "
+    "int tile, int splits) -> (Tensor y, Tensor mean, Tensor m2)",
+    "conv_dgrad(Tensor grad_y, Tensor weight, int[] input_size, Tensor? y, Tensor? coefficients, "
+    "Tensor? residual, Tensor? x, Tensor? scale, Tensor? shift, Tensor? mask, Tensor? mean, "
+    "Tensor? output_scale, int[] geometry, bool tf32, int tile, int splits) "
+    "-> (Tensor grad_x, Tensor sum_grad, Tensor sum_grad_x, Tensor grad_conv)",
+    "conv_wgrad(Tensor grad_y, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, "
+    "Tensor? output_scale, int[] geometry, bool tf32, int tile, int splits) -> Tensor",
 };
 
 }  // namespace resnet_fused

@@ -1,0 +1,71 @@
+// Host side of a convolution: its sizes, and the tensors as the kernels want them.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "common/checks.h"
+#include "cuda/conv_problem.h"
+
+namespace resnet_fused {
+
+// A convolution of x (N, C, H, W) with a weight (K, C / groups, R, S) to (N, K, P, Q).
+struct Convolution {
+  int64_t n, c, h, w, k, r, s, p, q;
+  std::array<int64_t, 2> stride, padding, dilation;
+  int64_t groups;
+
+  // geometry: stride, padding, dilation (2 each) and groups.
+  Convolution(const char* op, int64_t n, std::array<int64_t, 2> image, const Tensor& weight,
+              const std::vector<int64_t>& geometry);
+
+  bool is_pointwise() const {  // a product over pixels, each of which is read once
+    return r == 1 && s == 1 && padding == std::array<int64_t, 2>{0, 0};
+  }
+  int64_t taps() const { return r * s; }
+};
+
+// Groups as the kernels see them. Few channels fill neither a vector nor an instruction of the tensor
+// cores: then neighbouring groups become one, whose weight is zero between them.
+struct Grouping {
+  int64_t groups, merged;     // of them, and of the convolution's in each
+  int64_t channels, kernels;  // of one
+  int64_t padded_channels, padded_kernels;  // multiples of a chunk
+
+  Grouping(const Convolution& conv, int64_t chunk);
+};
+
+// An activation (N, H, W, groups, padded): t itself, channels_last, where it has vectors.
+Tensor with_padded_groups(const char* op, const Tensor& t, int64_t groups, int64_t channels,
+                          int64_t padded);
+
+// (groups, kernels, R, S, padded_channels) in the dtype of x, times scale (K,) where given: the
+// weight itself where it lies like that.
+Tensor packed_weight(const char* op, const Tensor& weight, const Tensor& x,
+                     const Convolution& conv, const Grouping& grouping,
+                     const OptionalTensor& scale);
+
+// (C,) in float32, contiguous and aligned to 16 bytes as coefficients of a prologue must be.
+void check_coefficients(const char* op, const char* name, const Tensor& t, int64_t length,
+                        const Tensor& x);
+
+// a * gradient + (b * y + d), with coefficients (3, K) = (a, b, d).
+Tensor batch_norm_backward(const char* op, const Tensor& gradient, const Tensor& y,
+                           const Tensor& coefficients);
+
+// relu(x * scale + shift).
+Tensor scale_shift_relu(const char* op, const Tensor& x, const Tensor& scale, const Tensor& shift);
+
+// The forward, as one phase, and the gradient of the input, whose phases are few for usual strides;
+// without what depends on tiles.
+ConvParameters forward_parameters(const Convolution& conv, const Grouping& grouping,
+                                  int64_t step_channels);
+std::vector<Phase> forward_phases(const Convolution& conv, const Grouping& grouping,
+                                  int64_t step_channels);
+ConvParameters gradient_parameters(const Convolution& conv, const Grouping& grouping,
+                                   int64_t step_channels);
+std::vector<Phase> gradient_phases(const Convolution& conv, const Grouping& grouping,
+                                   int64_t step_channels);
+
+}  // namespace resnet_fused

@@ -1,0 +1,82 @@
+// A convolution that measures its output, with batch norm and ReLU in front of it.
+#include <torch/csrc/stable/library.h>
+
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+#include "cuda/conv_launch.cuh"
+#include "cuda/conv_partials.h"
+
+namespace resnet_fused {
+namespace {
+
+using Result = std::tuple<Tensor, Tensor, Tensor>;
+
+Result conv_stats_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
+                       const OptionalTensor& shift, std::vector<int64_t> geometry, bool tf32,
+                       int64_t tile, int64_t splits) {
+  const char* op = "conv_stats";
+  check_activation(op, "x", x);
+  const Convolution conv(op, x.size(0), {x.size(2), x.size(3)}, weight, geometry);
+  RESNET_FUSED_CHECK(x.size(1) == conv.c, op, ": weight must have C / groups = ",
+                     x.size(1) / conv.groups, " input channels, got ", weight.size(1));
+  RESNET_FUSED_CHECK(scale.has_value() == shift.has_value(), op,
+                     ": scale and shift must be given together");
+  const DeviceGuard guard(x.get_device_index());
+  Tensor y = allocate_result(x, conv.n, conv.k, conv.p, conv.q);
+  RESNET_FUSED_CHECK(y.numel() > 0, op, ": y must not be empty, got shape ", to_string(y.sizes()));
+  Tensor mean, m2;
+  dispatch_arithmetic(op, x, tf32, [&](auto element, auto arithmetic) {
+    using T = decltype(element);
+    using Math = typename decltype(arithmetic)::type;
+    constexpr int64_t kStepChannels = kStepBytes / sizeof(T);
+    const Grouping grouping(conv, kChunk<T>);
+    Tensor source = x;
+    const bool fuses = scale && fuses_prologue(conv, grouping, *scale, *shift);
+    if (scale) {
+      check_coefficients(op, "scale", *scale, conv.c, x);
+      check_coefficients(op, "shift", *shift, conv.c, x);
+      if (!fuses) source = scale_shift_relu(op, x, *scale, *shift);
+    }
+    source = with_padded_groups(op, source, grouping.groups, grouping.channels,
+                                grouping.padded_channels);
+    const Tensor packed = packed_weight(op, weight, x, conv, grouping, {});
+    ConvParameters p = forward_parameters(conv, grouping, kStepChannels);
+    const std::vector<Phase> phases = forward_phases(conv, grouping, kStepChannels);
+    p.source = source.const_data_ptr();
+    p.weight = packed.const_data_ptr();
+    p.result = y.mutable_data_ptr();
+    p.has_vectors = has_vectors<T>(p.columns, address(p.result));
+    const Choice choice =
+        choose_tile<TilesOf<T, Math>>(op, phases, p.groups, p.columns, steps_of(p, phases),
+                                      x.get_device_index(), wanted_choice(tile, splits));
+    const Tensor means = allocate_partials(x, choice.row_tiles, conv.k);
+    const Tensor m2s = allocate_partials(x, choice.row_tiles, conv.k);
+    const ChannelStats::Parameters epilogue{static_cast<float*>(means.mutable_data_ptr()),
+                                            static_cast<float*>(m2s.mutable_data_ptr())};
+    int64_t tile_pixels = 0;
+    visit_tile<TilesOf<T, Math>>(choice.tile, [&](auto tile) {
+      using Tile = decltype(tile);
+      tile_pixels = Tile::kM;
+      if (fuses) {
+        const ScaleShiftRelu::Parameters prologue{
+            static_cast<const float*>(scale->const_data_ptr()),
+            static_cast<const float*>(shift->const_data_ptr())};
+        launch_conv<Tile, ScaleShiftRelu, ChannelStats, false>(x, p, phases, choice, prologue,
+                                                               epilogue);
+      } else {
+        launch_conv<Tile, Identity, ChannelStats, false>(x, p, phases, choice, {}, epilogue);
+      }
+    });
+    std::tie(mean, m2) = combine_statistics(means, m2s, conv.n * conv.p * conv.q, tile_pixels);
+  });
+  return {y, mean, m2};
+}
+
+}  // namespace
+}  // namespace resnet_fused
+
+STABLE_TORCH_LIBRARY_IMPL(RESNET_FUSED_NAMESPACE, RESNET_FUSED_DISPATCH_KEY, m) {
+  m.impl("conv_stats", TORCH_BOX(&resnet_fused::conv_stats_cuda));
+}
