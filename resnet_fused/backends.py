@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused import _extension, native, onednn, reference, triton_kernels
+from resnet_fused import (
+    _extension,
+    cuda_convolutions,
+    native,
+    onednn,
+    reference,
+    triton_kernels,
+)
 
 NAMES = ("reference", "cpu", "cuda", "triton", "cudnn")
 ENVIRONMENT_VARIABLE = "RESNET_FUSED_BACKEND"
@@ -45,6 +52,11 @@ def _triton(operator: str, by_rule: bool = True) -> dict[str, _Implementation]:
     return {"triton": _Implementation(resolve, triton_kernels.unsupported, by_rule)}
 
 
+def _cuda_convolution(operator: str) -> dict[str, _Implementation]:
+    resolve = functools.partial(cuda_convolutions.launcher, operator, native.operators)
+    return {"cuda": _Implementation(resolve, native.unsupported_on_cuda, by_rule=False)}
+
+
 def _reference(operator: str) -> dict[str, _Implementation]:
     return {
         "reference": _Implementation(lambda: getattr(reference, operator), _supports_everything)
@@ -56,9 +68,14 @@ def _elementwise(operator: str) -> dict[str, _Implementation]:
 
 
 def _convolution(operator: str, on_cpu: bool = False) -> dict[str, _Implementation]:
-    """No rule chooses Triton's convolutions over cuDNN's as long as nobody has timed them."""
+    """No rule chooses our own over cuDNN's as long as nobody has timed them."""
     accelerated = _onednn(operator) if on_cpu else {}
-    return accelerated | _triton(operator, by_rule=False) | _reference(operator)
+    return (
+        accelerated
+        | _cuda_convolution(operator)
+        | _triton(operator, by_rule=False)
+        | _reference(operator)
+    )
 
 
 # Per operator its implementations, in the order in which the static rule tries them.

@@ -20,6 +20,11 @@ def launcher(operator: str) -> Callable[..., Any]:
     return overload
 
 
+def operators() -> Any:
+    """The extension's operators."""
+    return torch.ops.resnet_fused_native
+
+
 def unsupported_on_cpu(device_type: str, dtype: torch.dtype) -> str | None:
     """Why the C++ CPU kernels cannot run for such tensors; None if they can."""
     if device_type != "cpu":

@@ -77,10 +77,20 @@ struct Multiply<Tf32x3> {
     uint32_t high_a[kRows][4], low_a[kRows][4], high_b[kColumns][2], low_b[kColumns][2];
     split(a, high_a, low_a);
     split(b, high_b, low_b);
-    // The smallest first.
-    ptx::multiply_add<ptx::Tf32>(sum, low_a, high_b);
-    ptx::multiply_add<ptx::Tf32>(sum, high_a, low_b);
-    ptx::multiply_add<ptx::Tf32>(sum, high_a, high_b);
+    // The smallest first, and all of them before they meet the large sum: tensor cores cut off what
+    // does not fit behind its last digit.
+    float part[kRows][kColumns][4] = {};
+    ptx::multiply_add<ptx::Tf32>(part, low_a, high_b);
+    ptx::multiply_add<ptx::Tf32>(part, high_a, low_b);
+    ptx::multiply_add<ptx::Tf32>(part, high_a, high_b);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sum[i][j][k] += part[i][j][k];
+      }
+    }
   }
 
  private:
@@ -88,12 +98,12 @@ struct Multiply<Tf32x3> {
   static __device__ __forceinline__ void split(const uint32_t (&values)[kTiles][kWords],
                                                uint32_t (&high)[kTiles][kWords],
                                                uint32_t (&low)[kTiles][kWords]) {
-    constexpr uint32_t kHighBits = 0xffffe000u, kInfinity = 0x7f800000u;
+    constexpr uint32_t kInfinity = 0x7f800000u;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
       for (int j = 0; j < kWords; ++j) {
-        high[i][j] = values[i][j] & kHighBits;
+        high[i][j] = ptx::round_to_tf32(ptx::float_of(values[i][j]));
         const float rest = ptx::float_of(values[i][j]) - ptx::float_of(high[i][j]);
         // Infinity has no rest: the difference of two is NaN.
         const bool is_finite = (high[i][j] & kInfinity) != kInfinity;
@@ -236,8 +246,8 @@ struct RowsSideBySide {
   }
 };
 
-// How a block is cut: kM x kN elements of the result, kWarpM x kWarpN of each warp. kStages steps of
-// the main loop are in shared memory, all but one of them under way; registers and shared memory
+// How a block is cut: kM x kN elements of the result, kWarpM x kWarpN of each warp. kStages steps
+// of the main loop are in shared memory, all but one of them under way; registers and shared memory
 // leave room for kResidentBlocks.
 template <class T_, class Math_, int kM_, int kN_, int kWarpM_, int kWarpN_, int kStages_,
           int kResidentBlocks_>
@@ -257,8 +267,8 @@ struct Tile {
 
 // ---- Main loop ----
 
-// sum += the product over `steps` steps. The source starts copies of one step after the other, zeros
-// behind the last, and may transform what the thread itself has copied.
+// sum += the product over `steps` steps. The source starts copies of one step after the other,
+// zeros behind the last, and may transform what the thread itself has copied.
 template <class Tile, class Source>
 __device__ __forceinline__ void main_loop(typename Tile::Sum& sum, Source& source, int steps) {
   if (steps <= 0) return;
@@ -269,8 +279,8 @@ __device__ __forceinline__ void main_loop(typename Tile::Sum& sum, Source& sourc
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const SharedAddress shared = ptx::dynamic_shared();
   const SharedAddress first_a = shared + A::first_of_a(warp / Tile::kWarpsN * Tile::kWarpM, lane);
-  const SharedAddress first_b = shared + Source::kOffsetOfB +
-                                B::first_of_b(warp % Tile::kWarpsN * Tile::kWarpN, lane);
+  const SharedAddress first_b =
+      shared + Source::kOffsetOfB + B::first_of_b(warp % Tile::kWarpsN * Tile::kWarpN, lane);
   uint32_t a[2][Tile::kFragmentsM][4], b[2][Tile::kFragmentsN][2];
   const auto load_fragments = [&](int buffer, uint32_t stage, int product) {
     A::load_a(a[buffer], first_a + stage, product);
@@ -408,8 +418,8 @@ struct ScaleShiftRelu {
   };
 };
 
-// From the gradient of a batch norm's output to that of its input: a * gradient + (b * y + d). Blocks
-// of the first columns write it, too.
+// From the gradient of a batch norm's output to that of its input: a * gradient + (b * y + d).
+// Blocks of the first columns write it, too.
 struct BatchNormBackward {
   static constexpr int kTensors = 2;  // gradient and y
   static constexpr bool kTransforms = true;
@@ -458,15 +468,15 @@ __device__ inline uint32_t existing_taps(const Axis& axis, int first) {
 // Where a block works.
 struct Place {
   int row_tile;
-  int first_row;       // of the phase's pixels
+  int first_row;  // of the phase's pixels
   int group;
-  int first_column;    // in the group
+  int first_column;  // in the group
   int first_step, steps;
 };
 
-// Tap after tap and, in each, step by step through the channels: rows of patches and the weight that
-// they are multiplied with. kTransposed: the weight's rows are the channels that are summed, not the
-// columns of the result.
+// Tap after tap and, in each, step by step through the channels: rows of patches and the weight
+// that they are multiplied with. kTransposed: the weight's rows are the channels that are summed,
+// not the columns of the result.
 template <class Tile, class Prologue, bool kTransposed>
 class Patches {
   using T = typename Tile::T;
@@ -508,8 +518,8 @@ class Patches {
       const int source_x = x * phase.columns.step + phase.columns.first;
       const int in_image = source_y * p.source_width + source_x;
       offset_a_[i] = ((image - first_image) * p.source_pixels + in_image) * p.source_pitch + chunk_;
-      const uint32_t exists = existing_taps(phase.rows, source_y) |
-                              existing_taps(phase.columns, source_x) * kColumnTap;
+      const uint32_t exists =
+          existing_taps(phase.rows, source_y) | existing_taps(phase.columns, source_x) * kColumnTap;
       missing_[i] = row < phase.pixels ? ~exists : ~0u;
     }
     if constexpr (kTransposed) {
@@ -579,8 +589,7 @@ class Patches {
           if constexpr (Prologue::kTensors == 1) {
             ptx::store_shared(at, coefficients.apply(chunk));
           } else {
-            const uint4 result =
-                coefficients.apply(chunk, ptx::load_shared<uint4>(at + A::kBytes));
+            const uint4 result = coefficients.apply(chunk, ptx::load_shared<uint4>(at + A::kBytes));
             ptx::store_shared(at, result);
             if (writes_ && (missing_[i] & behind_.taps) == 0) {
               T* grad_conv = static_cast<T*>(prologue_.grad_conv) + source_ + behind_.source;
@@ -601,8 +610,7 @@ class Patches {
     uint32_t taps, row_tap;  // the bits of what is missing that count
     int source, weight;
 
-    __device__ __forceinline__ Step(const ConvParameters& p, const Phase& phase,
-                                    const Place& place)
+    __device__ __forceinline__ Step(const ConvParameters& p, const Phase& phase, const Place& place)
         : steps(place.steps) {
       const int first = place.first_step / p.steps_of_tap;
       const int row = first / phase.columns.taps;
@@ -611,9 +619,9 @@ class Patches {
       row_tap = 1u << row;
       taps = row_tap | kColumnTap << tap;
       const int steps_to_tap = p.steps_of_tap * Tile::kSummed;
-      source = first * (phase.source_next_tap + steps_to_tap) + row * phase.source_next_row + channel;
-      weight = phase.weight_first +
-               first * (phase.weight_next_tap + steps_to_tap * pitch(p)) +
+      source =
+          first * (phase.source_next_tap + steps_to_tap) + row * phase.source_next_row + channel;
+      weight = phase.weight_first + first * (phase.weight_next_tap + steps_to_tap * pitch(p)) +
                row * phase.weight_next_row + channel * pitch(p);
     }
 

@@ -19,25 +19,24 @@ void launch(const char* op, const Tensor& x, const Tensor& weight, const Tensor&
     using Math = typename decltype(arithmetic)::type;
     constexpr int64_t kStepChannels = kStepBytes / sizeof(T);
     const Grouping grouping(conv, kChunk<T>);
-    const Tensor source = with_padded_groups(op, x, grouping.groups, grouping.channels,
-                                             grouping.padded_channels);
+    check_sizes(op, conv, grouping);
+    const Tensor source =
+        with_padded_groups(op, x, grouping.groups, grouping.channels, grouping.padded_channels);
     const Tensor packed = packed_weight(op, weight, x, conv, grouping, {});
     ConvParameters p = forward_parameters(conv, grouping, kStepChannels);
     const std::vector<Phase> phases = forward_phases(conv, grouping, kStepChannels);
     p.source = source.const_data_ptr();
     p.weight = packed.const_data_ptr();
     p.result = out.mutable_data_ptr();
-    p.has_vectors =
-        has_vectors<T>(p.columns, address(p.result) | address(data_or_null(residual)));
+    p.has_vectors = has_vectors<T>(p.columns, address(p.result) | address(data_or_null(residual)));
     const ScaleShiftResidualRelu::Parameters epilogue{
         static_cast<const float*>(scale.const_data_ptr()),
         static_cast<const float*>(shift.const_data_ptr()), data_or_null(residual), relu};
-    const Choice choice =
-        choose_tile<TilesOf<T, Math>>(op, phases, p.groups, p.columns, steps_of(p, phases),
-                                      x.get_device_index(), wanted);
+    const Choice choice = choose_tile<TilesOf<T, Math>>(
+        op, phases, p.groups, p.columns, steps_of(p, phases), x.get_device_index(), wanted);
     visit_tile<TilesOf<T, Math>>(choice.tile, [&](auto tile) {
-      launch_conv<decltype(tile), Identity, ScaleShiftResidualRelu, false>(x, p, phases, choice,
-                                                                           {}, epilogue);
+      launch_conv<decltype(tile), Identity, ScaleShiftResidualRelu, false>(x, p, phases, choice, {},
+                                                                           epilogue);
     });
   });
 }
@@ -46,8 +45,7 @@ Convolution check(const char* op, const Tensor& x, const Tensor& weight, const T
                   const Tensor& shift, const std::vector<int64_t>& geometry) {
   check_activation(op, "x", x);
   const Convolution conv(op, x.size(0), {x.size(2), x.size(3)}, weight, geometry);
-  RESNET_FUSED_CHECK(x.size(1) == conv.c, op, ": weight must have C / groups = ",
-                     x.size(1) / conv.groups, " input channels, got ", weight.size(1));
+  check_channels(op, conv, x);
   check_coefficients(op, "scale", scale, conv.k, x);
   check_coefficients(op, "shift", shift, conv.k, x);
   return conv;

@@ -36,10 +36,7 @@ Result conv_dgrad_cuda(const Tensor& grad_y, const Tensor& weight, std::vector<i
   RESNET_FUSED_CHECK(input_size.size() == 2, op, ": input_size must be (H, W), got ",
                      to_string(input_size));
   const Convolution conv(op, grad_y.size(0), {input_size[0], input_size[1]}, weight, geometry);
-  const std::array<int64_t, 4> shape = {conv.n, conv.k, conv.p, conv.q};
-  RESNET_FUSED_CHECK(grad_y.sizes() == torch::headeronly::IntHeaderOnlyArrayRef(shape), op,
-                     ": grad_y must have the shape of the convolution's output ", to_string(shape),
-                     ", got ", to_string(grad_y.sizes()));
+  check_output_shape(op, "grad_y", conv, grad_y);
   const DeviceGuard guard(grad_y.get_device_index());
   Tensor grad_x = allocate_result(grad_y, conv.n, conv.c, conv.h, conv.w);
   RESNET_FUSED_CHECK(grad_x.numel() > 0, op, ": grad_x must not be empty, got shape ",
@@ -59,19 +56,22 @@ Result conv_dgrad_cuda(const Tensor& grad_y, const Tensor& weight, std::vector<i
     using Math = typename decltype(arithmetic)::type;
     constexpr int64_t kStepChannels = kStepBytes / sizeof(T);
     const Grouping grouping(conv, kChunk<T>);
+    check_sizes(op, conv, grouping);
     bool fuses = false;
     if (coefficients) {
       check_coefficients(op, "coefficients", *coefficients, 3 * conv.k, grad_y);
       check_like(op, "y", *y, "grad_y", grad_y);
       fuses = fuses_batch_norm(conv, grouping) &&
               (address(grad_y.const_data_ptr()) | address(y->const_data_ptr()) |
-               address(coefficients->const_data_ptr())) % kVectorBytes == 0;
-      grad_conv = fuses ? allocate_like(grad_y)
-                        : batch_norm_backward(op, grad_y, *y, *coefficients);
+               address(coefficients->const_data_ptr())) %
+                      kVectorBytes ==
+                  0;
+      grad_conv =
+          fuses ? allocate_like(grad_y) : batch_norm_backward(op, grad_y, *y, *coefficients);
       if (!fuses) source = grad_conv;
     }
-    source = with_padded_groups(op, source, grouping.groups, grouping.kernels,
-                                grouping.padded_kernels);
+    source =
+        with_padded_groups(op, source, grouping.groups, grouping.kernels, grouping.padded_kernels);
     const Tensor packed = packed_weight(op, weight, grad_y, conv, grouping, output_scale);
     ConvParameters p = gradient_parameters(conv, grouping, kStepChannels);
     const std::vector<Phase> phases = gradient_phases(conv, grouping, kStepChannels);
@@ -100,9 +100,8 @@ Result conv_dgrad_cuda(const Tensor& grad_y, const Tensor& weight, std::vector<i
       using Tile = decltype(tile);
       if (fuses) {
         const float* a = static_cast<const float*>(coefficients->const_data_ptr());
-        const BatchNormBackward::Parameters prologue{a, a + conv.k, a + 2 * conv.k,
-                                                     y->const_data_ptr(),
-                                                     grad_conv.mutable_data_ptr()};
+        const BatchNormBackward::Parameters prologue{
+            a, a + conv.k, a + 2 * conv.k, y->const_data_ptr(), grad_conv.mutable_data_ptr()};
         launch_conv<Tile, BatchNormBackward, ReluMaskBnBackward, true>(grad_y, p, phases, choice,
                                                                        prologue, epilogue);
       } else {

@@ -98,8 +98,10 @@ class ResultTile {
   // The thread's own pair of elements of what was read.
   __device__ __forceinline__ float2 get(int i, int half, int j) const {
     const SharedAddress at = pair(i, half, j);
-    if constexpr (sizeof(T) == 4) return ptx::load_shared<float2>(at);
-    else return ptx::unpack<T>(ptx::load_shared<uint32_t>(at));
+    if constexpr (sizeof(T) == 4)
+      return ptx::load_shared<float2>(at);
+    else
+      return ptx::unpack<T>(ptx::load_shared<uint32_t>(at));
   }
 
   // Writes the tile. All threads call it.
@@ -333,7 +335,7 @@ struct ReluMaskBnBackward {
     // Or it has passed where a bit is set: (pixels, mask_pitch) bytes, or null.
     const uint8_t* mask;
     int mask_pitch;
-    const float* mean;       // (C,), or null: no sums
+    const float* mean;        // (C,), or null: no sums
     float *sums, *sums_of_x;  // (tiles, C)
   };
   static void skip(Parameters& p, int64_t values) {
@@ -448,8 +450,8 @@ struct ReluMaskBnBackward {
 
 // ---- The kernel ----
 
-// Blocks that run at the same time share rows of the source, and columns of the weight: columns side
-// by side first, of a band at most so many tiles wide.
+// Blocks that run at the same time share rows of the source, and columns of the weight: columns
+// side by side first, of a band at most so many tiles wide.
 constexpr int kBandTiles = 16;
 
 template <class Tile>
@@ -468,9 +470,8 @@ __device__ __forceinline__ Place place_of_block(const ConvParameters& p, const P
   place.group = column_tile / p.column_tiles;
   place.first_column = (column_tile - place.group * p.column_tiles) * Tile::kN;
   // The split's share of the steps, as even as can be.
-  const int64_t steps = place.first_row < phase.pixels
-                            ? phase.rows.taps * phase.columns.taps * p.steps_of_tap
-                            : 0;
+  const int64_t steps =
+      place.first_row < phase.pixels ? phase.rows.taps * phase.columns.taps * p.steps_of_tap : 0;
   place.first_step = static_cast<int>(steps * blockIdx.y / gridDim.y);
   place.steps = static_cast<int>(steps * (blockIdx.y + 1) / gridDim.y) - place.first_step;
   return place;
@@ -491,7 +492,7 @@ __device__ __forceinline__ bool add_splits(typename Tile::Sum& sum, const ConvPa
   for (int i = 0; i < Tile::kFragmentsM; ++i) {
 #pragma unroll
     for (int j = 0; j < Tile::kFragmentsN; ++j) {
-      const float(&s)[4] = sum[i][j];
+      const float (&s)[4] = sum[i][j];
       store(fragment(blockIdx.y, i, j), float4{s[0], s[1], s[2], s[3]});
     }
   }

@@ -15,8 +15,8 @@
 
 namespace resnet_fused {
 
-// Calls body(T{}, std::type_identity<Math>{}): bfloat16 and float16 as they are, float32 with TF32's
-// precision or its own.
+// Calls body(T{}, std::type_identity<Math>{}): bfloat16 and float16 as they are, float32 with
+// TF32's precision or its own.
 template <class Body>
 void dispatch_arithmetic(const char* op, const Tensor& x, bool tf32, Body&& body) {
   dispatch_up_to_float32(op, "x", x.scalar_type(), [&](auto element) {
@@ -48,8 +48,7 @@ constexpr auto shapes_of() {
 template <class Types, class Body>
 void visit_tile(int index, Body&& body) {
   [&]<size_t... kIndices>(std::index_sequence<kIndices...>) {
-    ((index == static_cast<int>(kIndices) ? body(std::tuple_element_t<kIndices, Types>{})
-                                          : void()),
+    ((index == static_cast<int>(kIndices) ? body(std::tuple_element_t<kIndices, Types>{}) : void()),
      ...);
   }(std::make_index_sequence<std::tuple_size_v<Types>>{});
 }
@@ -91,8 +90,8 @@ Choice choose_tile(const char* op, const std::vector<Phase>& phases, int64_t gro
   RESNET_FUSED_CHECK(choice.tile < static_cast<int>(kShapes.size()), op,
                      ": tile must be less than ", kShapes.size(), ", got ", wanted.tile);
   const int64_t most = std::clamp(steps / kLeastSteps, int64_t{1}, kMaxSplits);
-  choice.splits = static_cast<int>(
-      std::clamp(multiprocessors / std::max<int64_t>(tiles, 1), int64_t{1}, most));
+  choice.splits =
+      static_cast<int>(std::clamp(multiprocessors / std::max<int64_t>(tiles, 1), int64_t{1}, most));
   if (wanted.splits > 0) choice.splits = wanted.splits;
   return choice;
 }
@@ -109,8 +108,8 @@ inline int64_t steps_of(const ConvParameters& p, const std::vector<Phase>& phase
 template <class Tile, class Prologue, class Epilogue, bool kTransposed>
 constexpr size_t shared_bytes() {
   constexpr size_t kLoop = Tile::kStages * Patches<Tile, Prologue, kTransposed>::kStageBytes;
-  constexpr size_t kEnd = ResultTile<Tile>::kBytes +
-                          ColumnSums<Tile, std::max(Epilogue::kSums, 1)>::kBytes;
+  constexpr size_t kEnd =
+      ResultTile<Tile>::kBytes + ColumnSums<Tile, std::max(Epilogue::kSums, 1)>::kBytes;
   return std::max(kLoop, kEnd);
 }
 
@@ -134,15 +133,6 @@ inline Tensor allocate_partials(const Tensor& x, int64_t tiles, int64_t channels
   return allocate_like(x, sizes, strides, aoti_torch_dtype_float32());
 }
 
-// Whether a prologue is part of the product: where each pixel is read once, and its coefficients in
-// vectors. A 3x3 convolution would compute it nine times over.
-inline bool fuses_prologue(const Convolution& conv, const Grouping& grouping, const Tensor& scale,
-                           const Tensor& shift) {
-  return conv.is_pointwise() && grouping.groups == 1 &&
-         grouping.channels == grouping.padded_channels &&
-         (address(scale.const_data_ptr()) | address(shift.const_data_ptr())) % kVectorBytes == 0;
-}
-
 // Runs all phases. x: any tensor on the device. p lacks what depends on tiles; results of the
 // epilogue for each tile are those of one phase after the other.
 template <class Tile, class Prologue, class Epilogue, bool kTransposed>
@@ -162,8 +152,8 @@ void launch_conv(const Tensor& x, ConvParameters p, const std::vector<Phase>& ph
   const int64_t words_of_tile = Tile::kM * Tile::kN;
   const int64_t sums = choice.splits > 1 ? tiles * phases_of_launch : 0;
   // Behind the sums, which are aligned, the counters.
-  Tensor workspace = allocate_vector(x, sums * (choice.splits * words_of_tile + 1),
-                                     aoti_torch_dtype_float32());
+  Tensor workspace =
+      allocate_vector(x, sums * (choice.splits * words_of_tile + 1), aoti_torch_dtype_float32());
   float* memory = static_cast<float*>(workspace.mutable_data_ptr());
   p.partial_sums = reinterpret_cast<float4*>(memory);
   p.finished = reinterpret_cast<unsigned*>(memory + sums * choice.splits * words_of_tile);
@@ -173,8 +163,8 @@ void launch_conv(const Tensor& x, ConvParameters p, const std::vector<Phase>& ph
     if (choice.splits > 1) zero_async(p.finished, sums * sizeof(unsigned), stream);
     const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(choice.splits),
                     static_cast<unsigned>(count));
-    RESNET_FUSED_LAUNCH((conv_kernel<Tile, Prologue, Epilogue, kTransposed>), grid,
-                        Tile::kThreads, kShared, stream, p, prologue, epilogue);
+    RESNET_FUSED_LAUNCH((conv_kernel<Tile, Prologue, Epilogue, kTransposed>), grid, Tile::kThreads,
+                        kShared, stream, p, prologue, epilogue);
     Epilogue::skip(epilogue, choice.row_tiles * static_cast<int64_t>(count) * p.columns * p.groups);
   }
 }

@@ -43,12 +43,12 @@ __global__ void __launch_bounds__(kThreads)
 // ---- Weights ----
 
 struct WeightSizes {
-  int64_t elements;             // of what is packed
-  int kernels, rows, columns;   // K of a group, R, S
+  int64_t elements;            // of what is packed
+  int kernels, rows, columns;  // K of a group, R, S
   int padded_channels;
-  int own_kernels, channels;    // of a group of the convolution
-  int merged;                   // of those groups
-  int64_t stride[4];            // of the weight
+  int own_kernels, channels;  // of a group of the convolution
+  int merged;                 // of those groups
+  int64_t stride[4];          // of the weight
 };
 
 // One element per thread and step.
@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(kThreads, kCombineSpread.resident_blocks)
       for (int j = 0; j < kWidth; ++j) {
         const int k = j % kChannels;
         const float g = static_cast<float>(gradients[u].values[j]);
-        const float value = fmaf(a[k], g, fmaf(b[k], static_cast<float>(outputs[u].values[j]), d[k]));
+        const float value =
+            fmaf(a[k], g, fmaf(b[k], static_cast<float>(outputs[u].values[j]), d[k]));
         result.values[j] = static_cast<T>(value);
       }
       store(vector_at<kWidth>(static_cast<T*>(out), walk.element(u)), result);
@@ -117,12 +118,6 @@ __global__ void __launch_bounds__(kThreads, kCombineSpread.resident_blocks)
 
 // ---- Parameters ----
 
-int as_int(const char* what, int64_t value) {
-  RESNET_FUSED_CHECK(value >= INT32_MIN && value <= INT32_MAX, "convolution: ", what,
-                     " must fit into 32 bits, got ", value);
-  return static_cast<int>(value);
-}
-
 int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
 
 // What is common to the forward and the gradient.
@@ -131,22 +126,17 @@ ConvParameters parameters(const Convolution& conv, const Grouping& grouping, boo
   ConvParameters p{};
   const int64_t height = forward ? conv.h : conv.p, width = forward ? conv.w : conv.q;
   const int64_t padded = forward ? grouping.padded_channels : grouping.padded_kernels;
-  as_int("pixels of x", conv.n * conv.h * conv.w);
-  as_int("pixels of y", conv.n * conv.p * conv.q);
-  p.source_width = static_cast<int>(width);
-  p.source_pixels = static_cast<int>(height * width);
-  p.source_group = static_cast<int>(padded);
-  p.source_pitch = as_int("channels of a pixel", padded * grouping.groups);
-  p.groups = static_cast<int>(grouping.groups);
-  p.channels = static_cast<int>(forward ? grouping.channels : grouping.kernels);
-  p.columns = static_cast<int>(forward ? grouping.kernels : grouping.channels);
-  p.steps_of_tap = static_cast<int>(ceil_div(p.channels, step_channels));
+  p.source_width = as_int(width);
+  p.source_pixels = as_int(height * width);
+  p.source_group = as_int(padded);
+  p.source_pitch = as_int(padded * grouping.groups);
+  p.groups = as_int(grouping.groups);
+  p.channels = as_int(forward ? grouping.channels : grouping.kernels);
+  p.columns = as_int(forward ? grouping.kernels : grouping.channels);
+  p.steps_of_tap = as_int(ceil_div(p.channels, step_channels));
   const int64_t kernel = conv.taps() * grouping.padded_channels;
-  p.weight_pitch = as_int("elements of a kernel", kernel);
-  p.weight_group = as_int("elements of a group's weight", grouping.kernels * kernel);
-  as_int("elements of the weight", grouping.groups * grouping.kernels * kernel);
-  // A tile may begin in one image and end in another.
-  as_int("elements of an image", (height * width + 2 * width) * p.source_pitch);
+  p.weight_pitch = as_int(kernel);
+  p.weight_group = as_int(grouping.kernels * kernel);
   return p;
 }
 
@@ -160,16 +150,15 @@ struct Taps {
 
 Taps forward_taps(int64_t size, int64_t result, int64_t taps, int64_t stride, int64_t padding,
                   int64_t dilation) {
-  return {{static_cast<int>(size), static_cast<int>(stride), static_cast<int>(-padding),
-           static_cast<int>(taps), Divider(dilation)},
+  return {{as_int(size), as_int(stride), as_int(-padding), as_int(taps), Divider(dilation)},
           result,
           0,
           1};
 }
 
 // Of the pixels `phase`, phase + stride, ... of the input. Pixel i meets tap t in the output pixel
-// (i + padding - t * dilation) / stride, where that is whole: for every `period`-th tap, if for any.
-// In descending order, so that the output pixels ascend.
+// (i + padding - t * dilation) / stride, where that is whole: for every `period`-th tap, if for
+// any. In descending order, so that the output pixels ascend.
 Taps gradient_taps(int64_t phase, int64_t size, int64_t output, int64_t taps, int64_t stride,
                    int64_t padding, int64_t dilation) {
   const int64_t period = stride / std::gcd(stride, dilation);
@@ -182,7 +171,7 @@ Taps gradient_taps(int64_t phase, int64_t size, int64_t output, int64_t taps, in
   const int64_t last = any ? first + (count - 1) * period : 0;
   const int64_t pixels_apart = period * dilation / stride;
   const int64_t first_pixel = any ? (phase + padding - last * dilation) / stride : 0;
-  return {{static_cast<int>(output), 1, static_cast<int>(first_pixel), static_cast<int>(count),
+  return {{as_int(output), 1, as_int(first_pixel), as_int(count),
            Divider(std::max<int64_t>(pixels_apart, 1))},
           ceil_div(size - phase, stride),
           last,
@@ -195,7 +184,7 @@ Phase make_phase(const Convolution& conv, const Grouping& grouping, bool forward
   // A loop over taps wants all of them or none.
   if (rows.axis.taps == 0 || columns.axis.taps == 0) rows.axis.taps = 0, columns.axis.taps = 1;
   Phase phase{};
-  phase.pixels = static_cast<int>(conv.n * rows.result * columns.result);
+  phase.pixels = as_int(conv.n * rows.result * columns.result);
   phase.image_pixels = Divider(std::max<int64_t>(rows.result * columns.result, 1));
   phase.row_pixels = Divider(std::max<int64_t>(columns.result, 1));
   phase.rows = rows.axis;
@@ -203,16 +192,14 @@ Phase make_phase(const Convolution& conv, const Grouping& grouping, bool forward
   const int64_t channels = p.steps_of_tap * step_channels;
   const int64_t to_next = columns.axis.dilation.divisor() * p.source_pitch;
   const int64_t to_next_row = rows.axis.dilation.divisor() * p.source_width * p.source_pitch;
-  phase.source_next_tap = as_int("elements between taps", to_next - channels);
-  phase.source_next_row = as_int("elements between rows of taps",
-                                 to_next_row - columns.axis.taps * to_next);
+  phase.source_next_tap = as_int(to_next - channels);
+  phase.source_next_row = as_int(to_next_row - columns.axis.taps * to_next);
   const int64_t weight_step = columns.step * grouping.padded_channels;
   const int64_t weight_row = rows.step * conv.s * grouping.padded_channels;
   const int64_t pitch = forward ? 1 : p.weight_pitch;
-  phase.weight_first = static_cast<int>((rows.first * conv.s + columns.first) *
-                                        grouping.padded_channels);
-  phase.weight_next_tap = as_int("elements of the weight", weight_step - channels * pitch);
-  phase.weight_next_row = static_cast<int>(weight_row - columns.axis.taps * weight_step);
+  phase.weight_first = as_int((rows.first * conv.s + columns.first) * grouping.padded_channels);
+  phase.weight_next_tap = as_int(weight_step - channels * pitch);
+  phase.weight_next_row = as_int(weight_row - columns.axis.taps * weight_step);
   return phase;
 }
 
@@ -245,9 +232,9 @@ Convolution::Convolution(const char* op, int64_t n, std::array<int64_t, 2> image
                      " (choose another backend)");
   p = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) / stride[0] + 1;
   q = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) / stride[1] + 1;
-  RESNET_FUSED_CHECK(h + 2 * padding[0] > dilation[0] * (r - 1) &&
-                         w + 2 * padding[1] > dilation[1] * (s - 1),
-                     op, ": x must be at least as large as the kernel, got ", h, " x ", w);
+  RESNET_FUSED_CHECK(
+      h + 2 * padding[0] > dilation[0] * (r - 1) && w + 2 * padding[1] > dilation[1] * (s - 1), op,
+      ": x must be at least as large as the kernel, got ", h, " x ", w);
 }
 
 Grouping::Grouping(const Convolution& conv, int64_t chunk) {
@@ -282,15 +269,14 @@ Tensor with_padded_groups(const char* op, const Tensor& t, int64_t groups, int64
     const int64_t chunks = sizes[0] * sizes[1] * sizes[2] * groups * padded / kWidth;
     RESNET_FUSED_LAUNCH((pad_kernel<T, kWidth>), blocks_for(t, chunks), kThreads, 0,
                         current_stream(t), static_cast<const T*>(t.const_data_ptr()),
-                        static_cast<T*>(out.mutable_data_ptr()), chunks,
-                        static_cast<int>(channels), static_cast<int>(padded));
+                        static_cast<T*>(out.mutable_data_ptr()), chunks, as_int(channels),
+                        as_int(padded));
   });
   return out;
 }
 
-Tensor packed_weight(const char* op, const Tensor& weight, const Tensor& x,
-                     const Convolution& conv, const Grouping& grouping,
-                     const OptionalTensor& scale) {
+Tensor packed_weight(const char* op, const Tensor& weight, const Tensor& x, const Convolution& conv,
+                     const Grouping& grouping, const OptionalTensor& scale) {
   const bool as_is = weight.scalar_type() == x.scalar_type() && is_channels_last(weight) &&
                      grouping.merged == 1 && grouping.channels == grouping.padded_channels &&
                      address(weight.const_data_ptr()) % kVectorBytes == 0 && !scale;
@@ -298,13 +284,13 @@ Tensor packed_weight(const char* op, const Tensor& weight, const Tensor& x,
   const int64_t elements = conv.k * conv.taps() * grouping.padded_channels;
   Tensor packed = allocate_vector(x, elements, dtype_code(x));
   WeightSizes z{elements,
-                static_cast<int>(grouping.kernels),
-                static_cast<int>(conv.r),
-                static_cast<int>(conv.s),
-                static_cast<int>(grouping.padded_channels),
-                static_cast<int>(conv.k / conv.groups),
-                static_cast<int>(conv.c / conv.groups),
-                static_cast<int>(grouping.merged),
+                as_int(grouping.kernels),
+                as_int(conv.r),
+                as_int(conv.s),
+                as_int(grouping.padded_channels),
+                as_int(conv.k / conv.groups),
+                as_int(conv.c / conv.groups),
+                as_int(grouping.merged),
                 {}};
   for (int64_t i = 0; i < 4; ++i) z.stride[i] = weight.stride(i);
   const float* factors = nullptr;
@@ -322,6 +308,55 @@ Tensor packed_weight(const char* op, const Tensor& weight, const Tensor& x,
     });
   });
   return packed;
+}
+
+void check_channels(const char* op, const Convolution& conv, const Tensor& x) {
+  RESNET_FUSED_CHECK(x.size(1) == conv.c, op,
+                     ": weight must have C / groups = ", x.size(1) / conv.groups,
+                     " input channels, got ", conv.c / conv.groups);
+}
+
+void check_output_shape(const char* op, const char* name, const Convolution& conv,
+                        const Tensor& t) {
+  const std::array<int64_t, 4> shape = {conv.n, conv.k, conv.p, conv.q};
+  RESNET_FUSED_CHECK(t.sizes() == torch::headeronly::IntHeaderOnlyArrayRef(shape), op, ": ", name,
+                     " must have the shape of the convolution's output ", to_string(shape),
+                     ", got ", to_string(t.sizes()));
+}
+
+void check_prologue(const char* op, const Convolution& conv, const OptionalTensor& scale,
+                    const OptionalTensor& shift, const Tensor& x) {
+  RESNET_FUSED_CHECK(scale.has_value() == shift.has_value(), op,
+                     ": scale and shift must be given together");
+  if (!scale) return;
+  check_coefficients(op, "scale", *scale, conv.c, x);
+  check_coefficients(op, "shift", *shift, conv.c, x);
+}
+
+void check_sizes(const char* op, const Convolution& conv, const Grouping& grouping) {
+  // Kernels count some tiles beyond the end.
+  constexpr int64_t kMost = INT32_MAX - (int64_t{1} << 20);
+  const auto check = [op](const char* what, int64_t value) {
+    RESNET_FUSED_CHECK(value <= kMost, op, ": x must have less than 2^31 ", what, ", got ", value,
+                       " (choose another backend)");
+  };
+  // A tile may begin in one image and end in a later one.
+  constexpr int64_t kPixelsOfTile = 128;
+  const int64_t images = 2 + kPixelsOfTile / std::max<int64_t>(conv.p * conv.q, 1);
+  const int64_t rows = 2 * (conv.padding[0] + conv.dilation[0]);
+  check("pixels", std::max(conv.n * conv.h * conv.w, conv.n * conv.p * conv.q));
+  check("elements in the images of a tile", (images * conv.h + rows) *
+                                                (conv.w + 2 * conv.padding[1]) * grouping.groups *
+                                                grouping.padded_channels);
+  check("elements in the gradients of a tile",
+        (2 + kPixelsOfTile) * (conv.p + rows) * (conv.q + 2 * conv.padding[1]) * grouping.groups *
+            grouping.padded_kernels / std::max<int64_t>(conv.p * conv.q, 1));
+  check("elements of weight", conv.k * conv.taps() * grouping.padded_channels);
+}
+
+bool has_vector_coefficients(const Grouping& grouping, const Tensor& scale, const Tensor& shift) {
+  return grouping.channels == grouping.padded_channels &&
+         (address(scale.const_data_ptr()) | address(shift.const_data_ptr())) % kVectorBytes == 0;
 }
 
 void check_coefficients(const char* op, const char* name, const Tensor& t, int64_t length,
@@ -342,11 +377,10 @@ Tensor batch_norm_backward(const char* op, const Tensor& gradient, const Tensor&
                                             address(out.const_data_ptr()));
   const LaunchShape shape(activation, kCombineSpread, gradient.get_device_index());
   dispatch_activation(op, gradient, activation, [&](auto element, auto layout) {
-    RESNET_FUSED_LAUNCH((combine_kernel<decltype(element), decltype(layout)>), shape.grid,
-                        shape.block, 0, current_stream(gradient), shape.extent,
-                        gradient.const_data_ptr(), y.const_data_ptr(),
-                        static_cast<const float*>(coefficients.const_data_ptr()),
-                        out.mutable_data_ptr());
+    RESNET_FUSED_LAUNCH(
+        (combine_kernel<decltype(element), decltype(layout)>), shape.grid, shape.block, 0,
+        current_stream(gradient), shape.extent, gradient.const_data_ptr(), y.const_data_ptr(),
+        static_cast<const float*>(coefficients.const_data_ptr()), out.mutable_data_ptr());
   });
   return out;
 }
@@ -358,11 +392,10 @@ ConvParameters forward_parameters(const Convolution& conv, const Grouping& group
 
 std::vector<Phase> forward_phases(const Convolution& conv, const Grouping& grouping,
                                   int64_t step_channels) {
-  Phase phase = make_phase(conv, grouping, true, step_channels,
-                           forward_taps(conv.h, conv.p, conv.r, conv.stride[0], conv.padding[0],
-                                        conv.dilation[0]),
-                           forward_taps(conv.w, conv.q, conv.s, conv.stride[1], conv.padding[1],
-                                        conv.dilation[1]));
+  Phase phase = make_phase(
+      conv, grouping, true, step_channels,
+      forward_taps(conv.h, conv.p, conv.r, conv.stride[0], conv.padding[0], conv.dilation[0]),
+      forward_taps(conv.w, conv.q, conv.s, conv.stride[1], conv.padding[1], conv.dilation[1]));
   phase.is_dense = true;
   return {phase};
 }
@@ -382,10 +415,10 @@ std::vector<Phase> gradient_phases(const Convolution& conv, const Grouping& grou
           conv, grouping, false, step_channels,
           gradient_taps(y, conv.h, conv.p, conv.r, stride[0], conv.padding[0], conv.dilation[0]),
           gradient_taps(x, conv.w, conv.q, conv.s, stride[1], conv.padding[1], conv.dilation[1]));
-      phase.result_first = static_cast<int>(y * conv.w + x);
-      phase.result_pixel = static_cast<int>(stride[1]);
-      phase.result_row = static_cast<int>(stride[0] * conv.w);
-      phase.result_image = static_cast<int>(conv.h * conv.w);
+      phase.result_first = as_int(y * conv.w + x);
+      phase.result_pixel = as_int(stride[1]);
+      phase.result_row = as_int(stride[0] * conv.w);
+      phase.result_image = as_int(conv.h * conv.w);
       phase.is_dense = stride[0] == 1 && stride[1] == 1;
       phases.push_back(phase);
     }

@@ -26,11 +26,11 @@ struct Convolution {
   int64_t taps() const { return r * s; }
 };
 
-// Groups as the kernels see them. Few channels fill neither a vector nor an instruction of the tensor
-// cores: then neighbouring groups become one, whose weight is zero between them.
+// Groups as the kernels see them. Few channels fill neither a vector nor an instruction of the
+// tensor cores: then neighbouring groups become one, whose weight is zero between them.
 struct Grouping {
-  int64_t groups, merged;     // of them, and of the convolution's in each
-  int64_t channels, kernels;  // of one
+  int64_t groups, merged;                   // of them, and of the convolution's in each
+  int64_t channels, kernels;                // of one
   int64_t padded_channels, padded_kernels;  // multiples of a chunk
 
   Grouping(const Convolution& conv, int64_t chunk);
@@ -42,11 +42,23 @@ Tensor with_padded_groups(const char* op, const Tensor& t, int64_t groups, int64
 
 // (groups, kernels, R, S, padded_channels) in the dtype of x, times scale (K,) where given: the
 // weight itself where it lies like that.
-Tensor packed_weight(const char* op, const Tensor& weight, const Tensor& x,
-                     const Convolution& conv, const Grouping& grouping,
-                     const OptionalTensor& scale);
+Tensor packed_weight(const char* op, const Tensor& weight, const Tensor& x, const Convolution& conv,
+                     const Grouping& grouping, const OptionalTensor& scale);
 
-// (C,) in float32, contiguous and aligned to 16 bytes as coefficients of a prologue must be.
+// Of the launchers: x must have the channels that weight asks for, t the shape of the output, and
+// scale and shift stand together, with a value for each channel of x.
+void check_channels(const char* op, const Convolution& conv, const Tensor& x);
+void check_output_shape(const char* op, const char* name, const Convolution& conv, const Tensor& t);
+void check_prologue(const char* op, const Convolution& conv, const OptionalTensor& scale,
+                    const OptionalTensor& shift, const Tensor& x);
+
+// What kernels count in 32 bits must fit. Tensors may have more elements, an image may not.
+void check_sizes(const char* op, const Convolution& conv, const Grouping& grouping);
+
+// Of a size that fits.
+inline int as_int(int64_t value) { return static_cast<int>(value); }
+
+// (length,) in float32, side by side.
 void check_coefficients(const char* op, const char* name, const Tensor& t, int64_t length,
                         const Tensor& x);
 
@@ -56,6 +68,9 @@ Tensor batch_norm_backward(const char* op, const Tensor& gradient, const Tensor&
 
 // relu(x * scale + shift).
 Tensor scale_shift_relu(const char* op, const Tensor& x, const Tensor& scale, const Tensor& shift);
+
+// Whether a prologue's coefficients can be read in vectors of the channels that lie in x.
+bool has_vector_coefficients(const Grouping& grouping, const Tensor& scale, const Tensor& shift);
 
 // The forward, as one phase, and the gradient of the input, whose phases are few for usual strides;
 // without what depends on tiles.

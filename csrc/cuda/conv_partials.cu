@@ -87,8 +87,7 @@ __global__ void __launch_bounds__(kThreads)
       Kind other;
 #pragma unroll
       for (int v = 0; v < Kind::kValues; ++v) {
-        other.values[v] =
-            load(p.of_blocks + (split * Kind::kValues + v) * p.channels + channel);
+        other.values[v] = load(p.of_blocks + (split * Kind::kValues + v) * p.channels + channel);
       }
       Kind::combine(total.values, other.values);
     }
@@ -109,8 +108,8 @@ std::pair<Tensor, Tensor> combine_partials(const Tensor& first, const Tensor& se
   const int64_t splits =
       std::clamp(ceil_div(tiles, kRows * kTilesOfThread), int64_t{1}, int64_t{kMaxSplits});
   const cudaStream_t stream = current_stream(first);
-  Tensor workspace = allocate_vector(
-      first, splits > 1 ? columns + splits * Kind::kValues * channels : 0, float32);
+  Tensor workspace =
+      allocate_vector(first, splits > 1 ? columns + splits * Kind::kValues * channels : 0, float32);
   float* memory = static_cast<float*>(workspace.mutable_data_ptr());
   if (splits > 1) zero_async(memory, columns * sizeof(unsigned), stream);
   const Partials p{static_cast<const float*>(first.const_data_ptr()),
@@ -130,8 +129,8 @@ std::pair<Tensor, Tensor> combine_partials(const Tensor& first, const Tensor& se
 
 }  // namespace
 
-std::pair<Tensor, Tensor> combine_statistics(const Tensor& means, const Tensor& m2s,
-                                             int64_t pixels, int64_t tile_pixels) {
+std::pair<Tensor, Tensor> combine_statistics(const Tensor& means, const Tensor& m2s, int64_t pixels,
+                                             int64_t tile_pixels) {
   return combine_partials<Statistics>(means, m2s, pixels, tile_pixels);
 }
 

@@ -19,10 +19,8 @@ Result conv_stats_cuda(const Tensor& x, const Tensor& weight, const OptionalTens
   const char* op = "conv_stats";
   check_activation(op, "x", x);
   const Convolution conv(op, x.size(0), {x.size(2), x.size(3)}, weight, geometry);
-  RESNET_FUSED_CHECK(x.size(1) == conv.c, op, ": weight must have C / groups = ",
-                     x.size(1) / conv.groups, " input channels, got ", weight.size(1));
-  RESNET_FUSED_CHECK(scale.has_value() == shift.has_value(), op,
-                     ": scale and shift must be given together");
+  check_channels(op, conv, x);
+  check_prologue(op, conv, scale, shift, x);
   const DeviceGuard guard(x.get_device_index());
   Tensor y = allocate_result(x, conv.n, conv.k, conv.p, conv.q);
   RESNET_FUSED_CHECK(y.numel() > 0, op, ": y must not be empty, got shape ", to_string(y.sizes()));
@@ -32,13 +30,11 @@ Result conv_stats_cuda(const Tensor& x, const Tensor& weight, const OptionalTens
     using Math = typename decltype(arithmetic)::type;
     constexpr int64_t kStepChannels = kStepBytes / sizeof(T);
     const Grouping grouping(conv, kChunk<T>);
-    Tensor source = x;
-    const bool fuses = scale && fuses_prologue(conv, grouping, *scale, *shift);
-    if (scale) {
-      check_coefficients(op, "scale", *scale, conv.c, x);
-      check_coefficients(op, "shift", *shift, conv.c, x);
-      if (!fuses) source = scale_shift_relu(op, x, *scale, *shift);
-    }
+    check_sizes(op, conv, grouping);
+    // A kernel of several taps would compute the prologue once for each.
+    const bool fuses = scale && conv.is_pointwise() && grouping.groups == 1 &&
+                       has_vector_coefficients(grouping, *scale, *shift);
+    Tensor source = scale && !fuses ? scale_shift_relu(op, x, *scale, *shift) : x;
     source = with_padded_groups(op, source, grouping.groups, grouping.channels,
                                 grouping.padded_channels);
     const Tensor packed = packed_weight(op, weight, x, conv, grouping, {});

@@ -1,10 +1,10 @@
 // Every instance of the convolution kernels: for each arithmetic the tiles, from large ones, which
 // read the least, to small ones, for problems that would leave multiprocessors idle.
 //
-// bfloat16, float16: a tile of 128 x 128 reads 1 byte for 64 multiplications. More than 64 x 64 for a
-// warp does not fit into its registers (246 of 255), and 128 threads leave room for a second block,
-// which multiplies while the first one reads or stores.
-// float32: fragments are rounded or split in registers, so that tiles end at 128 x 64.
+// bfloat16, float16: a tile of 128 x 128 reads 1 byte for 64 multiplications. More than 64 x 64 for
+// a warp does not fit into its registers (246 of 255), and 128 threads leave room for a second
+// block, which multiplies while the first one reads or stores. float32: fragments are rounded or
+// split in registers, so that tiles end at 128 x 64.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,8 @@ struct TileList {
 
 template <class Math>
 struct TileList<float, Math> {
-  using Types = std::tuple<Tile<float, Math, 128, 64, 64, 32, 4, 2>,
-                           Tile<float, Math, 64, 64, 32, 32, 4, 3>>;
+  using Types =
+      std::tuple<Tile<float, Math, 128, 64, 64, 32, 4, 2>, Tile<float, Math, 64, 64, 32, 32, 4, 3>>;
 };
 
 template <class T, class Math>
