@@ -310,6 +310,8 @@ __device__ __forceinline__ void main_loop(typename Tile::Sum& sum, Source& sourc
         read = next;
       }
       load_fragments((product + 1) % 2, read, (product + 1) % Tile::kProducts);
+      Multiply<typename Tile::Math>::add(sum, a[product % 2], b[product % 2]);
+      // Behind the product, whose fragments have left their registers.
       if (product == 0) {
         if constexpr (Source::kTransforms) {
           ptx::wait_for_copies<Tile::kStages - 3>();
@@ -319,7 +321,6 @@ __device__ __forceinline__ void main_loop(typename Tile::Sum& sum, Source& sourc
         ptx::commit_copies();
         write = write == kLastStage ? 0 : write + kStageBytes;
       }
-      Multiply<typename Tile::Math>::add(sum, a[product % 2], b[product % 2]);
     }
   }
   // What follows reuses the memory.

@@ -32,9 +32,10 @@ void launch(const char* op, const Tensor& x, const Tensor& weight, const Tensor&
     const ScaleShiftResidualRelu::Parameters epilogue{
         static_cast<const float*>(scale.const_data_ptr()),
         static_cast<const float*>(shift.const_data_ptr()), data_or_null(residual), relu};
-    const Choice choice = choose_tile<TilesOf<T, Math>>(
-        op, phases, p.groups, p.columns, steps_of(p, phases), x.get_device_index(), wanted);
-    visit_tile<TilesOf<T, Math>>(choice.tile, [&](auto tile) {
+    using Tiles = TilesOf<T, Math, Identity>;
+    const Choice choice = choose_tile<Tiles>(op, phases, p.groups, p.columns, steps_of(p, phases),
+                                             x.get_device_index(), wanted);
+    visit_tile<Tiles>(choice.tile, [&](auto tile) {
       launch_conv<decltype(tile), Identity, ScaleShiftResidualRelu, false>(x, p, phases, choice, {},
                                                                            epilogue);
     });

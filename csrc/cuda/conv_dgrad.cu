@@ -50,7 +50,7 @@ Result conv_dgrad_cuda(const Tensor& grad_y, const Tensor& weight, std::vector<i
   Tensor source = grad_y;
   Tensor grad_conv = allocate_vector(grad_y, 0, dtype_code(grad_y));
   Tensor sum_grad = allocate_vector(grad_y, 0, aoti_torch_dtype_float32());
-  Tensor sum_grad_x = sum_grad;
+  Tensor sum_grad_x = allocate_vector(grad_y, 0, aoti_torch_dtype_float32());
   dispatch_arithmetic(op, grad_y, tf32, [&](auto element, auto arithmetic) {
     using T = decltype(element);
     using Math = typename decltype(arithmetic)::type;
@@ -80,36 +80,38 @@ Result conv_dgrad_cuda(const Tensor& grad_y, const Tensor& weight, std::vector<i
     p.result = grad_x.mutable_data_ptr();
     p.has_vectors = has_vectors<T>(
         p.columns, address(p.result) | address(data_or_null(residual)) | address(data_or_null(x)));
-    const Choice choice =
-        choose_tile<TilesOf<T, Math>>(op, phases, p.groups, p.columns, steps_of(p, phases),
-                                      grad_y.get_device_index(), wanted_choice(tile, splits));
-    const int64_t partials = mean ? choice.row_tiles * static_cast<int64_t>(phases.size()) : 0;
-    const Tensor sums = allocate_partials(grad_y, partials, conv.c);
-    const Tensor sums_of_x = allocate_partials(grad_y, partials, conv.c);
-    const ReluMaskBnBackward::Parameters epilogue{
-        data_or_null(residual),
-        scale || mean ? data_or_null(x) : nullptr,
-        floats_or_null(scale),
-        floats_or_null(shift),
-        static_cast<const uint8_t*>(data_or_null(mask)),
-        static_cast<int>(ceil_div(conv.c, kMaskBits)),
-        floats_or_null(mean),
-        static_cast<float*>(sums.mutable_data_ptr()),
-        static_cast<float*>(sums_of_x.mutable_data_ptr())};
-    visit_tile<TilesOf<T, Math>>(choice.tile, [&](auto tile) {
-      using Tile = decltype(tile);
-      if (fuses) {
-        const float* a = static_cast<const float*>(coefficients->const_data_ptr());
-        const BatchNormBackward::Parameters prologue{
-            a, a + conv.k, a + 2 * conv.k, y->const_data_ptr(), grad_conv.mutable_data_ptr()};
-        launch_conv<Tile, BatchNormBackward, ReluMaskBnBackward, true>(grad_y, p, phases, choice,
-                                                                       prologue, epilogue);
-      } else {
-        launch_conv<Tile, Identity, ReluMaskBnBackward, true>(grad_y, p, phases, choice, {},
-                                                              epilogue);
-      }
-    });
-    if (mean) std::tie(sum_grad, sum_grad_x) = sum_over_tiles(sums, sums_of_x);
+    const auto run = [&](auto policy, const typename decltype(policy)::Parameters& prologue) {
+      using Prologue = decltype(policy);
+      using Tiles = TilesOf<T, Math, Prologue>;
+      const Choice choice =
+          choose_tile<Tiles>(op, phases, p.groups, p.columns, steps_of(p, phases),
+                             grad_y.get_device_index(), wanted_choice(tile, splits));
+      const int64_t partials = mean ? choice.row_tiles * static_cast<int64_t>(phases.size()) : 0;
+      const Tensor sums = allocate_partials(grad_y, partials, conv.c);
+      const Tensor sums_of_x = allocate_partials(grad_y, partials, conv.c);
+      const ReluMaskBnBackward::Parameters epilogue{
+          data_or_null(residual),
+          scale || mean ? data_or_null(x) : nullptr,
+          floats_or_null(scale),
+          floats_or_null(shift),
+          static_cast<const uint8_t*>(data_or_null(mask)),
+          static_cast<int>(ceil_div(conv.c, kMaskBits)),
+          floats_or_null(mean),
+          static_cast<float*>(sums.mutable_data_ptr()),
+          static_cast<float*>(sums_of_x.mutable_data_ptr())};
+      visit_tile<Tiles>(choice.tile, [&](auto tile) {
+        launch_conv<decltype(tile), Prologue, ReluMaskBnBackward, true>(grad_y, p, phases, choice,
+                                                                        prologue, epilogue);
+      });
+      if (mean) std::tie(sum_grad, sum_grad_x) = sum_over_tiles(sums, sums_of_x);
+    };
+    if (fuses) {
+      const float* a = static_cast<const float*>(coefficients->const_data_ptr());
+      run(BatchNormBackward{},
+          {a, a + conv.k, a + 2 * conv.k, y->const_data_ptr(), grad_conv.mutable_data_ptr()});
+    } else {
+      run(Identity{}, {});
+    }
   });
   return {grad_x, sum_grad, sum_grad_x, grad_conv};
 }

@@ -56,7 +56,7 @@ void check_prologue(const char* op, const Convolution& conv, const OptionalTenso
 void check_sizes(const char* op, const Convolution& conv, const Grouping& grouping);
 
 // Of a size that fits.
-inline int as_int(int64_t value) { return static_cast<int>(value); }
+constexpr int as_int(int64_t value) { return static_cast<int>(value); }
 
 // (length,) in float32, side by side.
 void check_coefficients(const char* op, const char* name, const Tensor& t, int64_t length,

@@ -44,28 +44,27 @@ Result conv_stats_cuda(const Tensor& x, const Tensor& weight, const OptionalTens
     p.weight = packed.const_data_ptr();
     p.result = y.mutable_data_ptr();
     p.has_vectors = has_vectors<T>(p.columns, address(p.result));
-    const Choice choice =
-        choose_tile<TilesOf<T, Math>>(op, phases, p.groups, p.columns, steps_of(p, phases),
-                                      x.get_device_index(), wanted_choice(tile, splits));
-    const Tensor means = allocate_partials(x, choice.row_tiles, conv.k);
-    const Tensor m2s = allocate_partials(x, choice.row_tiles, conv.k);
-    const ChannelStats::Parameters epilogue{static_cast<float*>(means.mutable_data_ptr()),
-                                            static_cast<float*>(m2s.mutable_data_ptr())};
-    int64_t tile_pixels = 0;
-    visit_tile<TilesOf<T, Math>>(choice.tile, [&](auto tile) {
-      using Tile = decltype(tile);
-      tile_pixels = Tile::kM;
-      if (fuses) {
-        const ScaleShiftRelu::Parameters prologue{
-            static_cast<const float*>(scale->const_data_ptr()),
-            static_cast<const float*>(shift->const_data_ptr())};
-        launch_conv<Tile, ScaleShiftRelu, ChannelStats, false>(x, p, phases, choice, prologue,
-                                                               epilogue);
-      } else {
-        launch_conv<Tile, Identity, ChannelStats, false>(x, p, phases, choice, {}, epilogue);
-      }
-    });
-    std::tie(mean, m2) = combine_statistics(means, m2s, conv.n * conv.p * conv.q, tile_pixels);
+    const auto run = [&](auto policy, const typename decltype(policy)::Parameters& prologue) {
+      using Prologue = decltype(policy);
+      using Tiles = TilesOf<T, Math, Prologue>;
+      const Choice choice = choose_tile<Tiles>(op, phases, p.groups, p.columns, steps_of(p, phases),
+                                               x.get_device_index(), wanted_choice(tile, splits));
+      const Tensor means = allocate_partials(x, choice.row_tiles, conv.k);
+      const Tensor m2s = allocate_partials(x, choice.row_tiles, conv.k);
+      const ChannelStats::Parameters epilogue{static_cast<float*>(means.mutable_data_ptr()),
+                                              static_cast<float*>(m2s.mutable_data_ptr())};
+      visit_tile<Tiles>(choice.tile, [&](auto tile) {
+        using Tile = decltype(tile);
+        launch_conv<Tile, Prologue, ChannelStats, false>(x, p, phases, choice, prologue, epilogue);
+        std::tie(mean, m2) = combine_statistics(means, m2s, conv.n * conv.p * conv.q, Tile::kM);
+      });
+    };
+    if (fuses) {
+      run(ScaleShiftRelu{}, {static_cast<const float*>(scale->const_data_ptr()),
+                             static_cast<const float*>(shift->const_data_ptr())});
+    } else {
+      run(Identity{}, {});
+    }
   });
   return {y, mean, m2};
 }

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 
 #include "cuda/conv_launch.cuh"
@@ -235,7 +234,6 @@ __global__ void __launch_bounds__(kThreads)
 // ---- Launcher ----
 
 WgradParameters wgrad_parameters(const Convolution& conv, const Grouping& grouping) {
-  const auto as_int = [](int64_t value) { return static_cast<int>(value); };
   WgradParameters p{};
   p.pixels = as_int(conv.n * conv.p * conv.q);
   p.image_pixels = Divider(conv.p * conv.q);
@@ -271,7 +269,7 @@ WgradChoice choose_wgrad(const char* op, const WgradParameters& p, int64_t group
                          int device, Choice wanted) {
   constexpr int64_t kLeastSteps = 8;
   constexpr auto kShapes = shapes_of<Types>();
-  constexpr int kTiles = static_cast<int>(kShapes.size());
+  constexpr int kTiles = as_int(kShapes.size());
   RESNET_FUSED_CHECK(wanted.tile < kTiles, op, ": tile must be less than ", kTiles, ", got ",
                      wanted.tile);
   const auto tiles_of = [&](const TileShape& shape) {
@@ -289,7 +287,21 @@ WgradChoice choose_wgrad(const char* op, const WgradParameters& p, int64_t group
   const int64_t most = std::max<int64_t>(steps / kLeastSteps, 1);
   int64_t splits = std::clamp(room / (tiles_of(shape) * groups), int64_t{1}, most);
   if (wanted.splits > 0) splits = wanted.splits;
-  return {tile, static_cast<int>(splits)};
+  return {tile, as_int(splits)};
+}
+
+// x: any tensor on the device.
+template <class Tile, class Prologue>
+void launch_wgrad(const Tensor& x, WgradParameters p, int64_t groups, int splits,
+                  const typename Prologue::Parameters& prologue) {
+  constexpr size_t kShared = Tile::kStages * PixelPairs<Tile, Prologue>::kStageBytes;
+  allow_shared_bytes(conv_wgrad_kernel<Tile, Prologue>, kShared);
+  p.row_tiles = as_int(ceil_div(p.kernels, Tile::kM));
+  p.column_tiles = as_int(ceil_div(p.columns, Tile::kN));
+  const dim3 grid(static_cast<unsigned>(int64_t{p.row_tiles} * p.column_tiles * groups),
+                  static_cast<unsigned>(splits));
+  RESNET_FUSED_LAUNCH((conv_wgrad_kernel<Tile, Prologue>), grid, Tile::kThreads, kShared,
+                      current_stream(x), p, prologue);
 }
 
 // Like weight, of the shares (splits, groups, kernels, R, S, padded channels).
@@ -303,12 +315,12 @@ Tensor sum_shares(const char* op, const Tensor& shares, int splits, const Tensor
   Tensor grad_weight = allocate_like(weight, sizes, strides, dtype_code(weight));
   SumSizes z{conv.k * taps * grouping.padded_channels,
              splits,
-             static_cast<int>(grouping.kernels),
-             static_cast<int>(conv.r),
-             static_cast<int>(conv.s),
-             static_cast<int>(grouping.padded_channels),
-             static_cast<int>(conv.k / conv.groups),
-             static_cast<int>(c),
+             as_int(grouping.kernels),
+             as_int(conv.r),
+             as_int(conv.s),
+             as_int(grouping.padded_channels),
+             as_int(conv.k / conv.groups),
+             as_int(c),
              {strides[0], strides[1], strides[2], strides[3]}};
   const float* factors = static_cast<const float*>(data_or_null(scale));
   const int64_t blocks = ceil_div(z.elements, kLanes * kSumVector);
@@ -345,7 +357,7 @@ Tensor conv_wgrad_cuda(const Tensor& grad_y, const Tensor& x, const Tensor& weig
   Tensor grad_weight;
   dispatch_arithmetic(op, x, tf32, [&](auto element, auto arithmetic) {
     using T = decltype(element);
-    using Tiles = TilesOf<T, typename decltype(arithmetic)::type>;
+    using Math = typename decltype(arithmetic)::type;
     const Grouping grouping(conv, kChunk<T>);
     check_sizes(op, conv, grouping);
     const bool fuses = scale && has_vector_coefficients(grouping, *scale, *shift);
@@ -357,36 +369,27 @@ Tensor conv_wgrad_cuda(const Tensor& grad_y, const Tensor& x, const Tensor& weig
     WgradParameters p = wgrad_parameters(conv, grouping);
     p.grad = grad.const_data_ptr();
     p.x = source.const_data_ptr();
-    constexpr int64_t kSummed = kStepBytes / sizeof(T);
-    const WgradChoice choice =
-        choose_wgrad<Tiles>(op, p, grouping.groups, ceil_div(p.pixels, kSummed),
-                            x.get_device_index(), wanted_choice(tile, splits));
-    const int64_t share = conv.k * p.columns;
-    const Tensor shares = allocate_vector(x, choice.splits * share, aoti_torch_dtype_float32());
-    p.shares = static_cast<float*>(shares.mutable_data_ptr());
-    const auto launch = [&]<class Tile, class Prologue>(
-                            std::type_identity<Tile>, std::type_identity<Prologue>,
-                            const typename Prologue::Parameters& prologue) {
-      constexpr size_t kShared = Tile::kStages * PixelPairs<Tile, Prologue>::kStageBytes;
-      allow_shared_bytes(conv_wgrad_kernel<Tile, Prologue>, kShared);
-      p.row_tiles = static_cast<int>(ceil_div(p.kernels, Tile::kM));
-      p.column_tiles = static_cast<int>(ceil_div(p.columns, Tile::kN));
-      const int64_t tiles = int64_t{p.row_tiles} * p.column_tiles * grouping.groups;
-      const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(choice.splits));
-      RESNET_FUSED_LAUNCH((conv_wgrad_kernel<Tile, Prologue>), grid, Tile::kThreads, kShared,
-                          current_stream(x), p, prologue);
+    const auto run = [&](auto policy, const typename decltype(policy)::Parameters& prologue) {
+      using Prologue = decltype(policy);
+      // Without a prologue, too: the places of pixels take as many registers.
+      using Tiles = TilesOf<T, Math, ScaleShiftRelu>;
+      const WgradChoice choice =
+          choose_wgrad<Tiles>(op, p, grouping.groups, ceil_div(p.pixels, kStepBytes / sizeof(T)),
+                              x.get_device_index(), wanted_choice(tile, splits));
+      const Tensor shares =
+          allocate_vector(x, choice.splits * conv.k * p.columns, aoti_torch_dtype_float32());
+      p.shares = static_cast<float*>(shares.mutable_data_ptr());
+      visit_tile<Tiles>(choice.tile, [&](auto tile) {
+        launch_wgrad<decltype(tile), Prologue>(x, p, grouping.groups, choice.splits, prologue);
+      });
+      grad_weight = sum_shares(op, shares, choice.splits, weight, conv, grouping, output_scale);
     };
-    visit_tile<Tiles>(choice.tile, [&](auto tile) {
-      const std::type_identity<decltype(tile)> type;
-      if (fuses) {
-        launch(type, std::type_identity<ScaleShiftRelu>{},
-               {static_cast<const float*>(scale->const_data_ptr()),
-                static_cast<const float*>(shift->const_data_ptr())});
-      } else {
-        launch(type, std::type_identity<Identity>{}, {});
-      }
-    });
-    grad_weight = sum_shares(op, shares, choice.splits, weight, conv, grouping, output_scale);
+    if (fuses) {
+      run(ScaleShiftRelu{}, {static_cast<const float*>(scale->const_data_ptr()),
+                             static_cast<const float*>(shift->const_data_ptr())});
+    } else {
+      run(Identity{}, {});
+    }
   });
   return grad_weight;
 }
