@@ -25,10 +25,13 @@ inline constexpr const char* kKernelSchemas[] = {
     "Tensor grad_residual_weight, Tensor grad_residual_bias)",
     // Of convolutions: geometry is stride, padding, dilation (2 each) and groups; tf32 is for
     // float32; tile, splits: a configuration, or -1 and 0 to have it chosen.
-    "conv_bn_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, bool relu, "
-    "int[] geometry, bool tf32, int tile, int splits) -> Tensor",
+    "conv_bn_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, "
+    "bool relu, int[] geometry, bool tf32, int tile, int splits) -> Tensor",
     "conv_bn_relu_(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor(a!) residual, "
     "bool relu, int[] geometry, bool tf32, int tile, int splits) -> ()",
+    "conv_projection_relu(Tensor y, Tensor weight, Tensor scale, Tensor shift, Tensor x, "
+    "Tensor projection_weight, Tensor projection_scale, Tensor projection_shift, int[] stride, "
+    "bool tf32, int tile, int splits) -> Tensor",
     "conv_stats(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int[] geometry, bool tf32, "
     "int tile, int splits) -> (Tensor y, Tensor mean, Tensor m2)",
     "conv_dgrad(Tensor grad_y, Tensor weight, int[] input_size, Tensor? y, Tensor? coefficients, "

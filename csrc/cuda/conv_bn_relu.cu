@@ -17,16 +17,9 @@ void launch(const char* op, const Tensor& x, const Tensor& weight, const Tensor&
   dispatch_arithmetic(op, x, tf32, [&](auto element, auto arithmetic) {
     using T = decltype(element);
     using Math = typename decltype(arithmetic)::type;
-    constexpr int64_t kStepChannels = kStepBytes / sizeof(T);
-    const Grouping grouping(conv, kChunk<T>);
-    check_sizes(op, conv, grouping);
-    const Tensor source =
-        with_padded_groups(op, x, grouping.groups, grouping.channels, grouping.padded_channels);
-    const Tensor packed = packed_weight(op, weight, x, conv, grouping, {});
-    ConvParameters p = forward_parameters(conv, grouping, kStepChannels);
-    const std::vector<Phase> phases = forward_phases(conv, grouping, kStepChannels);
-    p.source = source.const_data_ptr();
-    p.weight = packed.const_data_ptr();
+    const ForwardProblem<T> problem(op, x, weight, conv, Grouping(conv, kChunk<T>), {});
+    const std::vector<Phase>& phases = problem.phases;
+    ConvParameters p = problem.parameters;
     p.result = out.mutable_data_ptr();
     p.has_vectors = has_vectors<T>(p.columns, address(p.result) | address(data_or_null(residual)));
     const ScaleShiftResidualRelu::Parameters epilogue{

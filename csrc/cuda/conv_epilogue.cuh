@@ -454,8 +454,10 @@ struct ReluMaskBnBackward {
 // side by side first, of a band at most so many tiles wide.
 constexpr int kBandTiles = 16;
 
+// all_steps: of the sum of a tile, of which a split takes a share.
 template <class Tile>
-__device__ __forceinline__ Place place_of_block(const ConvParameters& p, const Phase& phase) {
+__device__ __forceinline__ Place place_of_block(const ConvParameters& p, const Phase& phase,
+                                                int all_steps) {
   const int column_tiles = p.column_tiles * p.groups;
   const int of_band = p.row_tiles * kBandTiles;
   const int block = blockIdx.x;
@@ -470,8 +472,7 @@ __device__ __forceinline__ Place place_of_block(const ConvParameters& p, const P
   place.group = column_tile / p.column_tiles;
   place.first_column = (column_tile - place.group * p.column_tiles) * Tile::kN;
   // The split's share of the steps, as even as can be.
-  const int64_t steps =
-      place.first_row < phase.pixels ? phase.rows.taps * phase.columns.taps * p.steps_of_tap : 0;
+  const int64_t steps = place.first_row < phase.pixels ? all_steps : 0;
   place.first_step = static_cast<int>(steps * blockIdx.y / gridDim.y);
   place.steps = static_cast<int>(steps * (blockIdx.y + 1) / gridDim.y) - place.first_step;
   return place;
@@ -530,7 +531,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResidentBlocks)
                 const __grid_constant__ typename Prologue::Parameters prologue,
                 const __grid_constant__ typename Epilogue::Parameters epilogue) {
   const Phase& phase = p.phases[blockIdx.z];
-  const Place place = place_of_block<Tile>(p, phase);
+  const int steps = phase.rows.taps * phase.columns.taps * p.steps_of_tap;
+  const Place place = place_of_block<Tile>(p, phase, steps);
   typename Tile::Sum sum{};
   Patches<Tile, Prologue, kTransposed> patches(p, phase, prologue, place);
   main_loop<Tile>(sum, patches, place.steps);

@@ -105,9 +105,9 @@ inline int64_t steps_of(const ConvParameters& p, const std::vector<Phase>& phase
   return steps * p.steps_of_tap;
 }
 
-template <class Tile, class Prologue, class Epilogue, bool kTransposed>
+template <class Tile, class Source, class Epilogue>
 constexpr size_t shared_bytes() {
-  constexpr size_t kLoop = Tile::kStages * Patches<Tile, Prologue, kTransposed>::kStageBytes;
+  constexpr size_t kLoop = Tile::kStages * Source::kStageBytes;
   constexpr size_t kEnd =
       ResultTile<Tile>::kBytes + ColumnSums<Tile, std::max(Epilogue::kSums, 1)>::kBytes;
   return std::max(kLoop, kEnd);
@@ -133,18 +133,39 @@ inline Tensor allocate_partials(const Tensor& x, int64_t tiles, int64_t channels
   return allocate_like(x, sizes, strides, aoti_torch_dtype_float32());
 }
 
-// Runs all phases. x: any tensor on the device. p lacks what depends on tiles; results of the
-// epilogue for each tile are those of one phase after the other.
-template <class Tile, class Prologue, class Epilogue, bool kTransposed>
-void launch_conv(const Tensor& x, ConvParameters p, const std::vector<Phase>& phases,
-                 const Choice& choice, const typename Prologue::Parameters& prologue,
-                 typename Epilogue::Parameters epilogue) {
-  constexpr size_t kShared = shared_bytes<Tile, Prologue, Epilogue, kTransposed>();
-  const auto kernel = conv_kernel<Tile, Prologue, Epilogue, kTransposed>;
-  allow_shared_bytes(kernel, kShared);
+// The forward of a convolution as the kernels are given it, and what they read. scale: of the
+// kernels of weight, (K,), or none.
+template <class T>
+struct ForwardProblem {
+  Tensor source, weight;
+  ConvParameters parameters{};  // without the result and what depends on tiles
+  std::vector<Phase> phases;
+
+  ForwardProblem(const char* op, const Tensor& x, const Tensor& weight, Convolution conv,
+                 Grouping grouping, const OptionalTensor& scale)
+      : weight(packed_weight(op, weight, x, conv, grouping, scale)) {
+    constexpr int64_t kStepChannels = kStepBytes / sizeof(T);
+    check_sizes(op, conv, grouping);
+    const bool joins = grouping.groups == 1 && conv.s > 1 && conv.dilation[1] == 1 &&
+                       2 * grouping.padded_channels <= kStepChannels;
+    source = with_padded_groups(op, x, grouping.groups, grouping.channels, grouping.padded_channels,
+                                joins ? conv.padding[1] : 0);
+    if (joins) join_row_taps(conv, grouping);
+    parameters = forward_parameters(conv, grouping, kStepChannels);
+    phases = forward_phases(conv, grouping, kStepChannels);
+    parameters.source = source.const_data_ptr();
+    parameters.weight = this->weight.const_data_ptr();
+  }
+};
+
+// Calls launch(parameters, grid, stream) for all phases, a few at a time. x: any tensor on the
+// device.
+template <class Tile, class Launch>
+void launch_tiles(const Tensor& x, ConvParameters p, const std::vector<Phase>& phases,
+                  const Choice& choice, Launch launch) {
   const cudaStream_t stream = current_stream(x);
-  p.row_tiles = static_cast<int>(choice.row_tiles);
-  p.column_tiles = static_cast<int>(choice.column_tiles);
+  p.row_tiles = as_int(choice.row_tiles);
+  p.column_tiles = as_int(choice.column_tiles);
   const int64_t tiles = choice.row_tiles * choice.column_tiles * p.groups;
   if (tiles == 0) return;
   RESNET_FUSED_CHECK(tiles <= INT32_MAX, "convolution: must have fewer tiles, got ", tiles);
@@ -163,10 +184,24 @@ void launch_conv(const Tensor& x, ConvParameters p, const std::vector<Phase>& ph
     if (choice.splits > 1) zero_async(p.finished, sums * sizeof(unsigned), stream);
     const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(choice.splits),
                     static_cast<unsigned>(count));
-    RESNET_FUSED_LAUNCH((conv_kernel<Tile, Prologue, Epilogue, kTransposed>), grid, Tile::kThreads,
-                        kShared, stream, p, prologue, epilogue);
-    Epilogue::skip(epilogue, choice.row_tiles * static_cast<int64_t>(count) * p.columns * p.groups);
+    launch(p, grid, stream);
   }
+}
+
+// Runs all phases of one kernel. Results of the epilogue for each tile are those of one phase after
+// the other.
+template <class Tile, class Prologue, class Epilogue, bool kTransposed>
+void launch_conv(const Tensor& x, const ConvParameters& p, const std::vector<Phase>& phases,
+                 const Choice& choice, const typename Prologue::Parameters& prologue,
+                 typename Epilogue::Parameters epilogue) {
+  constexpr size_t kShared = shared_bytes<Tile, Patches<Tile, Prologue, kTransposed>, Epilogue>();
+  allow_shared_bytes(conv_kernel<Tile, Prologue, Epilogue, kTransposed>, kShared);
+  launch_tiles<Tile>(
+      x, p, phases, choice, [&](const ConvParameters& filled, dim3 grid, cudaStream_t stream) {
+        RESNET_FUSED_LAUNCH((conv_kernel<Tile, Prologue, Epilogue, kTransposed>), grid,
+                            Tile::kThreads, kShared, stream, filled, prologue, epilogue);
+        Epilogue::skip(epilogue, int64_t{filled.row_tiles} * grid.z * p.columns * p.groups);
+      });
 }
 
 // Whether tensors like a result with so many channels in a group move 16 bytes at a time.

@@ -22,21 +22,32 @@ unsigned blocks_for(const Tensor& t, int64_t threads) {
 
 // ---- Padding ----
 
-// out (pixels, groups, padded) of x (pixels, groups, channels): a chunk per thread and step.
+struct PaddingSizes {
+  int64_t rows;  // N * H
+  int width, side, groups, channels, padded;
+};
+
+// out (rows, side + width + side, groups, padded) of x (rows, width, groups, channels): a block
+// takes row after row, a thread chunk after chunk of it.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
-    pad_kernel(const T* x, T* out, int64_t chunks, int channels, int padded) {
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < chunks;
-       i += threads) {
-    const int64_t run = i * kWidth / padded;
-    const int first = static_cast<int>(i * kWidth - run * padded);
-    Vector<T, kWidth> elements{};
+    pad_kernel(const T* x, T* out, const __grid_constant__ PaddingSizes z) {
+  const int chunks_of_run = z.padded / kWidth;
+  const int chunks = (z.width + 2 * z.side) * z.groups * chunks_of_run;
+  for (int64_t row = blockIdx.x; row < z.rows; row += gridDim.x) {
+    for (int i = threadIdx.x; i < chunks; i += kThreads) {
+      const int run = i / chunks_of_run;  // of the row: a group of a pixel
+      const int first = (i - run * chunks_of_run) * kWidth;
+      const int run_of_x = run - z.side * z.groups;
+      const bool exists = run_of_x >= 0 && run_of_x < z.width * z.groups;
+      const T* from = x + (row * z.width * z.groups + run_of_x) * z.channels + first;
+      Vector<T, kWidth> elements{};
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      if (first + k < channels) elements.values[k] = load(x + run * channels + first + k);
+      for (int k = 0; k < kWidth; ++k) {
+        if (exists && first + k < z.channels) elements.values[k] = load(from + k);
+      }
+      store(vector_at<kWidth>(out, (row * chunks + i) * kWidth), elements);
     }
-    store(vector_at<kWidth>(out, i * kWidth), elements);
   }
 }
 
@@ -129,7 +140,7 @@ ConvParameters parameters(const Convolution& conv, const Grouping& grouping, boo
   p.source_width = as_int(width);
   p.source_pixels = as_int(height * width);
   p.source_group = as_int(padded);
-  p.source_pitch = as_int(padded * grouping.groups);
+  p.source_pitch = as_int(forward ? grouping.pixel_channels : padded * grouping.groups);
   p.groups = as_int(grouping.groups);
   p.channels = as_int(forward ? grouping.channels : grouping.kernels);
   p.columns = as_int(forward ? grouping.kernels : grouping.channels);
@@ -252,25 +263,36 @@ Grouping::Grouping(const Convolution& conv, int64_t chunk) {
   kernels = merged * own_kernels;
   padded_channels = round_up(channels, chunk);
   padded_kernels = round_up(kernels, chunk);
+  pixel_channels = groups * padded_channels;
+}
+
+void join_row_taps(Convolution& conv, Grouping& grouping) {
+  conv.w += 2 * conv.padding[1];
+  conv.padding[1] = 0;
+  grouping.channels = grouping.padded_channels = conv.s * grouping.padded_channels;
+  conv.s = 1;
 }
 
 Tensor with_padded_groups(const char* op, const Tensor& t, int64_t groups, int64_t channels,
-                          int64_t padded) {
+                          int64_t padded, int64_t side) {
   RESNET_FUSED_CHECK(is_channels_last(t), op, ": activations must be channels_last, got strides ",
                      to_string(t.strides()));
-  if (channels == padded && address(t.const_data_ptr()) % kVectorBytes == 0) return t;
-  const std::array<int64_t, 4> sizes = {t.size(0), t.size(2), t.size(3), groups * padded};
+  const bool is_aligned = address(t.const_data_ptr()) % kVectorBytes == 0;
+  if (channels == padded && side == 0 && is_aligned) return t;
+  const std::array<int64_t, 4> sizes = {t.size(0), t.size(2), t.size(3) + 2 * side,
+                                        groups * padded};
   const std::array<int64_t, 4> strides = {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3],
                                           sizes[3], 1};
   Tensor out = allocate_like(t, sizes, strides, dtype_code(t));
+  const PaddingSizes z{sizes[0] * sizes[1], as_int(t.size(3)), as_int(side),
+                       as_int(groups),      as_int(channels),  as_int(padded)};
+  const int64_t blocks = blocks_for(t, z.rows * kThreads);
   dispatch_up_to_float32(op, "x", t.scalar_type(), [&](auto element) {
     using T = decltype(element);
     constexpr int kWidth = kVectorBytes / sizeof(T);
-    const int64_t chunks = sizes[0] * sizes[1] * sizes[2] * groups * padded / kWidth;
-    RESNET_FUSED_LAUNCH((pad_kernel<T, kWidth>), blocks_for(t, chunks), kThreads, 0,
+    RESNET_FUSED_LAUNCH((pad_kernel<T, kWidth>), static_cast<unsigned>(blocks), kThreads, 0,
                         current_stream(t), static_cast<const T*>(t.const_data_ptr()),
-                        static_cast<T*>(out.mutable_data_ptr()), chunks, as_int(channels),
-                        as_int(padded));
+                        static_cast<T*>(out.mutable_data_ptr()), z);
   });
   return out;
 }

@@ -32,13 +32,19 @@ struct Grouping {
   int64_t groups, merged;                   // of them, and of the convolution's in each
   int64_t channels, kernels;                // of one
   int64_t padded_channels, padded_kernels;  // multiples of a chunk
+  int64_t pixel_channels;                   // from pixel to pixel of x
 
   Grouping(const Convolution& conv, int64_t chunk);
 };
 
-// An activation (N, H, W, groups, padded): t itself, channels_last, where it has vectors.
+// Makes one tap of each row of taps, whose channels are those of all its pixels, of an x with zeros
+// on both sides of its rows: few channels fill no instruction of the tensor cores.
+void join_row_taps(Convolution& conv, Grouping& grouping);
+
+// An activation (N, H, side + W + side, groups, padded): t itself, channels_last, where it has
+// vectors and no side is asked for.
 Tensor with_padded_groups(const char* op, const Tensor& t, int64_t groups, int64_t channels,
-                          int64_t padded);
+                          int64_t padded, int64_t side = 0);
 
 // (groups, kernels, R, S, padded_channels) in the dtype of x, times scale (K,) where given: the
 // weight itself where it lies like that.

@@ -28,20 +28,14 @@ Result conv_stats_cuda(const Tensor& x, const Tensor& weight, const OptionalTens
   dispatch_arithmetic(op, x, tf32, [&](auto element, auto arithmetic) {
     using T = decltype(element);
     using Math = typename decltype(arithmetic)::type;
-    constexpr int64_t kStepChannels = kStepBytes / sizeof(T);
     const Grouping grouping(conv, kChunk<T>);
-    check_sizes(op, conv, grouping);
     // A kernel of several taps would compute the prologue once for each.
     const bool fuses = scale && conv.is_pointwise() && grouping.groups == 1 &&
                        has_vector_coefficients(grouping, *scale, *shift);
-    Tensor source = scale && !fuses ? scale_shift_relu(op, x, *scale, *shift) : x;
-    source = with_padded_groups(op, source, grouping.groups, grouping.channels,
-                                grouping.padded_channels);
-    const Tensor packed = packed_weight(op, weight, x, conv, grouping, {});
-    ConvParameters p = forward_parameters(conv, grouping, kStepChannels);
-    const std::vector<Phase> phases = forward_phases(conv, grouping, kStepChannels);
-    p.source = source.const_data_ptr();
-    p.weight = packed.const_data_ptr();
+    const Tensor source = scale && !fuses ? scale_shift_relu(op, x, *scale, *shift) : x;
+    const ForwardProblem<T> problem(op, source, weight, conv, grouping, {});
+    const std::vector<Phase>& phases = problem.phases;
+    ConvParameters p = problem.parameters;
     p.result = y.mutable_data_ptr();
     p.has_vectors = has_vectors<T>(p.columns, address(p.result));
     const auto run = [&](auto policy, const typename decltype(policy)::Parameters& prologue) {

@@ -608,7 +608,6 @@ uint64_t collective(const CollectiveCall& call) {
 }
 
 void allow_shared_bytes(const void* kernel, size_t bytes) {
-  if (bytes <= kMaxSharedBytes) return;
   if (bytes > kMaxAllowedSharedBytes) {
     throw std::runtime_error("allow_shared_bytes: " + std::to_string(bytes) +
                              " bytes are more than the 227 KiB that a block can have");
