@@ -4,11 +4,13 @@ Nothing else runs on the GPU, so that a sanitizer has only these kernels to look
 that they read has been written by a copy or by one of them: see gpu_check.py.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from numerics import LAYOUTS, Case, assert_as_accurate_as_eager, device_of, grid, normal
+from test_conv_bn_relu import Conv
 from torch import Tensor
 
 from resnet_fused import backends, reference
@@ -17,6 +19,14 @@ from resnet_fused import backends, reference
 SHAPES = ((2, 13, 5, 3), (3, 24, 40, 25))
 KINDS = ("plain", "residual", "dual")
 EITHER = ("cuda", "emulated")
+
+
+@pytest.fixture(autouse=True)
+def _float32_as_on_the_host() -> Iterator[None]:
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    yield
+    convolutions.fp32_precision = before
 
 
 def cases(operator: str) -> list[Any]:
@@ -114,3 +124,79 @@ def test_bn_relu_apply(case: Case) -> None:
     out = run(case, "bn_relu_apply", *arguments)
     exact = reference.bn_relu_apply(*map(doubled, arguments))
     compare((out,), (reference.bn_relu_apply(*arguments),), (exact,))
+
+
+# Vectors and rests of them, several tiles, a sum in parts, phases of a stride.
+CONVOLUTIONS = {
+    "1x1": Conv((3, 40, 9, 8), 72, kernel=1, padding=(0, 0)),
+    "3x3": Conv((2, 13, 9, 7), 27),
+    "strided": Conv((2, 24, 9, 8), 40, stride=(2, 2)),
+    "grouped": Conv((2, 24, 6, 5), 36, groups=4),
+    "stem": Conv((1, 3, 21, 18), 16, kernel=7, stride=(2, 2), padding=(3, 3)),
+    "deep": Conv((1, 1024, 4, 4), 64, kernel=1, padding=(0, 0)),
+}
+
+
+def convolution_cases(operator: str) -> list[Any]:
+    dtypes = torch.float32, torch.bfloat16
+    return [p for p in grid(operator, dtypes=dtypes) if p.values[0].backend in EITHER]
+
+
+def laid_out(case: Case, shape: tuple[int, ...], seed: int) -> Tensor:
+    return LAYOUTS[case.layout][0](normal(shape, seed).to(case.dtype))
+
+
+def weight_of(case: Case, conv: Conv) -> Tensor:
+    fan_in = conv.weight[1] * conv.kernel**2
+    return (normal(conv.weight, 9) / fan_in**0.5).to(case.dtype)
+
+
+def assert_convolution(case: Case, operator: str, *arguments: Any) -> None:
+    """The kernel, the reference, and the reference in float64."""
+    results = run(case, operator, *arguments)
+    function = getattr(reference, operator)
+    eager, exact = function(*arguments), function(*map(doubled, arguments))
+    if isinstance(results, Tensor):
+        results, eager, exact = (results,), (eager,), (exact,)
+    compare(results, eager, exact)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("case", convolution_cases("conv_bn_relu"))
+def test_conv_bn_relu(case: Case, name: str) -> None:
+    conv = CONVOLUTIONS[name]
+    scale, shift, *_ = vectors(conv.kernels, 3)
+    arguments = laid_out(case, conv.x, 0), weight_of(case, conv), scale, shift
+    residual = laid_out(case, conv.out, 1)
+    assert_convolution(case, "conv_bn_relu", *arguments, residual, False, *conv.geometry)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("case", convolution_cases("conv_stats"))
+def test_conv_stats(case: Case, name: str) -> None:
+    conv = CONVOLUTIONS[name]
+    # Behind a ReLU, whose mean is not 0.
+    scale, shift, *_ = vectors(conv.x[1], 3)
+    arguments = laid_out(case, conv.x, 0), weight_of(case, conv), scale, shift
+    assert_convolution(case, "conv_stats", *arguments, *conv.geometry)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("case", convolution_cases("conv_dgrad"))
+def test_conv_dgrad(case: Case, name: str) -> None:
+    conv = CONVOLUTIONS[name]
+    coefficients = torch.stack(vectors(conv.kernels, 3)[:3])
+    scale, shift, mean, _ = vectors(conv.x[1], 7)
+    gradients = laid_out(case, conv.out, 0), weight_of(case, conv), conv.x[2:]
+    behind = laid_out(case, conv.out, 1), coefficients
+    before = laid_out(case, conv.x, 2), laid_out(case, conv.x, 3), scale, shift, None, mean
+    assert_convolution(case, "conv_dgrad", *gradients, *behind, *before, *conv.geometry)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("case", convolution_cases("conv_wgrad"))
+def test_conv_wgrad(case: Case, name: str) -> None:
+    conv = CONVOLUTIONS[name]
+    scale, shift, *_ = vectors(conv.x[1], 3)
+    tensors = laid_out(case, conv.out, 0), laid_out(case, conv.x, 1), weight_of(case, conv)
+    assert_convolution(case, "conv_wgrad", *tensors, scale, shift, *conv.geometry)

@@ -1,17 +1,12 @@
-"""What nvcc made of csrc/cuda, read from the extension: no GPU is needed for that."""
+"""The machine code of the elementwise CUDA kernels: bn_relu and add_relu."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import machine_code
 import pytest
 
 from resnet_fused import _extension
@@ -20,7 +15,6 @@ pytestmark = pytest.mark.skipif(
     not _extension.built_with_cuda(), reason="the extension was built without CUDA (no nvcc?)"
 )
 
-REGISTERS = 65536  # of a multiprocessor
 THREADS = 256  # of every block
 SHARED_BYTES = 48 * 1024  # of a block, without asking for more
 
@@ -74,110 +68,44 @@ LAYOUTS = {"elementwise_kernel": 1}  # else channels_last and NCHW
 DTYPES = 3
 
 
-class Code(NamedTuple):
-    """What counts in the instructions of a kernel."""
-
-    loads: int = 0
-    stores: int = 0
-    spills: int = 0
-
-
-INSTRUCTIONS = re.compile(r"\b(LDG\.E\.128|STG\.E\.128|LDL|STL)\b")
+Functions = Mapping[Kernel, machine_code.Function]
 
 
 @pytest.fixture(scope="module")
-def code() -> dict[Kernel, Code]:
-    found: dict[Kernel, Code] = {}
-    counts: dict[str, int] = {}
-    arch, kernel = "", None
-    for line in cuobjdump("-sass"):
-        if line.startswith("arch = "):
-            arch = line.removeprefix("arch = sm_").strip()
-        elif "Function : " in line:
-            kernel = Kernel.parse(arch, line.partition(" : ")[2].strip())
-            counts = dict.fromkeys(("LDG.E.128", "STG.E.128", "LDL", "STL"), 0)
-        elif kernel is not None and (match := INSTRUCTIONS.search(line)):
-            counts[match[1]] += 1
-        if kernel is not None:
-            loads, stores, *local = counts.values()
-            found[kernel] = Code(loads, stores, sum(local))
-    return found
+def functions() -> Functions:
+    names = "|".join({name for name, _ in EXPECTED})
+    found = machine_code.select(lambda name: re.search(rf"\d({names})I", name) is not None)
+    return {Kernel.parse(function.arch, function.name): function for function in found}
 
 
-class Resources(NamedTuple):
-    """What one thread and one block of a kernel take."""
-
-    registers: int
-    shared_bytes: int
-    local_bytes: int
+def test_every_kernel_is_there_for_every_promised_architecture(functions: Functions) -> None:
+    assert {kernel.arch for kernel in functions} == machine_code.promised_archs()
+    assert {(kernel.name, kernel.arguments) for kernel in functions} == EXPECTED.keys()
 
 
-@pytest.fixture(scope="module")
-def resources() -> dict[Kernel, Resources]:
-    found = {}
-    arch, kernel = "", None
-    for line in cuobjdump("-res-usage"):
-        if match := re.search(r"arch = sm_(\w+)", line):
-            arch = match[1]
-        elif match := re.search(r"Function (\S+):", line):
-            kernel = Kernel.parse(arch, match[1])
-        elif kernel is not None and "REG:" in line:
-            fields = dict(re.findall(r"(\w+):(\d+)", line))
-            found[kernel] = Resources(*(int(fields[f]) for f in ("REG", "SHARED", "LOCAL")))
-    return found
-
-
-def test_every_kernel_is_there_for_every_promised_architecture(code: Mapping[Kernel, Code]) -> None:
-    promised = {arch.removesuffix("+PTX").replace(".", "") for arch in _extension.cuda_archs()}
-    assert {kernel.arch for kernel in code} == promised
-    assert {(kernel.name, kernel.arguments) for kernel in code} == EXPECTED.keys()
-
-
-def test_activations_move_16_bytes_at_a_time(code: Mapping[Kernel, Code]) -> None:
+def test_activations_move_16_bytes_at_a_time(functions: Functions) -> None:
     """All loads of a tile come before the first value is used: as many as are promised."""
-    for kernel, found in code.items():
+    for kernel, function in functions.items():
         expected = EXPECTED[kernel.name, kernel.arguments]
+        loads = machine_code.count(function.opcodes, "LDG.E.128")
+        stores = machine_code.count(function.opcodes, "STG.E.128")
         if kernel.vectors:
             # The compiler may write a piece of code twice, but not with more accesses.
-            for count, once in ((found.loads, expected.loads), (found.stores, expected.stores)):
+            for count, once in ((loads, expected.loads), (stores, expected.stores)):
                 assert count >= once, kernel
                 assert count == 0 if once == 0 else count % once == 0, kernel
         else:
-            assert (found.loads, found.stores) == (0, 0), kernel
+            assert (loads, stores) == (0, 0), kernel
 
 
-def test_no_kernel_spills(code: Mapping[Kernel, Code]) -> None:
-    assert [kernel for kernel, found in code.items() if found.spills] == []
+def test_no_kernel_spills(functions: Functions) -> None:
+    assert [kernel for kernel, function in functions.items() if function.spills] == []
 
 
 def test_registers_and_shared_memory_leave_room_for_the_promised_blocks(
-    resources: Mapping[Kernel, Resources],
+    functions: Functions,
 ) -> None:
-    for kernel, found in resources.items():
+    for kernel, function in functions.items():
         blocks = EXPECTED[kernel.name, kernel.arguments].resident_blocks
-        assert found.registers <= min(255, REGISTERS // (THREADS * blocks)), kernel
-        assert found.shared_bytes * blocks <= SHARED_BYTES, kernel
-        assert found.local_bytes == 0, kernel
-
-
-def cuobjdump(option: str) -> Iterator[str]:
-    """Lines of cuobjdump about the extension: from PATH, else the one that Triton bundles."""
-    found, environment = shutil.which("cuobjdump"), dict(os.environ)
-    spec = importlib.util.find_spec("triton")
-    if found is None and spec is not None and spec.submodule_search_locations:
-        bundled = Path(spec.submodule_search_locations[0], "backends/nvidia/bin/cuobjdump")
-        found = str(bundled) if bundled.is_file() else None
-        environment["PATH"] = f"{bundled.parent}:{environment['PATH']}"  # nvdisasm lies there too
-    if found is None:
-        pytest.skip("no cuobjdump in PATH and no triton that bundles one")
-    with tempfile.TemporaryFile("w+") as listing:
-        subprocess.run(
-            [found, option, str(_extension.FILE)],
-            stdout=listing,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            check=True,
-            timeout=300,
-        )
-        listing.seek(0)
-        yield from listing
+        assert function.registers <= min(255, machine_code.REGISTERS // (THREADS * blocks)), kernel
+        assert function.shared_bytes * blocks <= SHARED_BYTES, kernel

@@ -1,0 +1,167 @@
+"""The machine code of the CUDA convolutions: tensor cores, copies, registers, lean loops."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import machine_code
+import pytest
+
+from resnet_fused import _extension
+
+pytestmark = pytest.mark.skipif(
+    not _extension.built_with_cuda(), reason="the extension was built without CUDA (no nvcc?)"
+)
+
+NAMES = ("conv_kernel", "conv_wgrad_kernel", "conv_projection_kernel")
+# What goes around them: they pad, pack and add up, and multiply nothing.
+HELPERS = (
+    *("pad_kernel", "pack_weight_kernel", "combine_kernel"),
+    *("combine_partials_kernel", "sum_shares_kernel"),
+)
+MULTIPLIES = {
+    "BFloat16": "HMMA.16816.F32.BF16",
+    "Half": "HMMA.16816.F32",
+    "Tf32": "HMMA.1688.F32.TF32",
+    "Tf32x3": "HMMA.1688.F32.TF32",
+}
+SHARED_BYTES = 163 * 1024  # of a multiprocessor, for blocks, where it has the least: sm_80
+STEP_BYTES = 64  # of a row of an operand
+STEP_DEPTH = 2  # products of the tensor cores over a step
+
+
+class Kernel(NamedTuple):
+    """One instance, as its mangled name tells: names as in csrc/cuda/conv_tiles.h."""
+
+    arch: str
+    name: str
+    arithmetic: str
+    m: int
+    n: int
+    warp_m: int
+    warp_n: int
+    stages: int
+    resident_blocks: int
+    prologue: str
+    epilogue: str
+
+    @classmethod
+    def parse(cls, arch: str, mangled: str) -> Kernel:
+        name = next(n for n in NAMES if re.search(rf"\d{n}I", mangled))
+        template = mangled.partition(f"{name}I")[2].partition("EEv")[0]
+        dtype = re.search(r"4TileI(?:N3c10\d+(BFloat16|Half)E|f)", template)
+        sides = re.search(r"Li(\d+)E" * 6, template)
+        assert dtype is not None, mangled
+        assert sides is not None, mangled
+        tf32 = re.search(r"\d(Tf32x3|Tf32)E", template)
+        policies = re.findall(r"\d(Identity|ScaleShiftRelu|BatchNormBackward)E", template)
+        ends = r"\d(ScaleShiftResidualRelu|ChannelStats|ReluMaskBnBackward)E"
+        epilogue = re.search(ends, template)
+        return cls(
+            *(arch, name, dtype[1] or (tf32[1] if tf32 else "")),
+            *(int(side) for side in sides.groups()),
+            policies[0] if policies else "Identity",
+            epilogue[1] if epilogue else "",
+        )
+
+    @property
+    def threads(self) -> int:
+        return 32 * (self.m // self.warp_m) * (self.n // self.warp_n)
+
+    @property
+    def products(self) -> int:
+        """Instructions of the tensor cores in one step of a warp."""
+        parts = 3 if self.arithmetic == "Tf32x3" else 1
+        return parts * STEP_DEPTH * (self.warp_m // 16) * (self.warp_n // 8)
+
+    @property
+    def copies(self) -> int:
+        """16-byte copies of a thread in one step."""
+        tensors = 2 if self.prologue == "BatchNormBackward" else 1
+        return (tensors * self.m + self.n) * STEP_BYTES // 16 // self.threads
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of the loop; what is at the end needs no more, except where an output is wide."""
+        tensors = 2 if self.prologue == "BatchNormBackward" else 1
+        loop = self.stages * (tensors * self.m + self.n) * STEP_BYTES
+        element = 2 if self.arithmetic in ("BFloat16", "Half") else 4
+        sums = 2 * 4 * self.n * (self.m // self.warp_m)
+        return max(loop, self.m * self.n * element + sums)
+
+
+Functions = Mapping[Kernel, machine_code.Function]
+
+
+@pytest.fixture(scope="module")
+def functions() -> Functions:
+    names = "|".join(NAMES)
+    found = machine_code.select(lambda name: re.search(rf"\d({names})I", name) is not None)
+    return {Kernel.parse(function.arch, function.name): function for function in found}
+
+
+def test_every_arithmetic_is_there_for_every_promised_architecture(functions: Functions) -> None:
+    expected = {(a, m) for a in machine_code.promised_archs() for m in MULTIPLIES}
+    for name in NAMES:
+        found = {(kernel.arch, kernel.arithmetic) for kernel in functions if kernel.name == name}
+        assert found == expected, name
+    policies = {(kernel.prologue, kernel.epilogue) for kernel in functions}
+    assert policies == {
+        ("Identity", "ScaleShiftResidualRelu"),
+        *(("Identity", "ChannelStats"), ("ScaleShiftRelu", "ChannelStats")),
+        *(("Identity", "ReluMaskBnBackward"), ("BatchNormBackward", "ReluMaskBnBackward")),
+        *(("Identity", ""), ("ScaleShiftRelu", "")),
+    }
+
+
+def test_no_kernel_spills(functions: Functions) -> None:
+    assert [kernel for kernel, function in functions.items() if function.spills] == []
+    helpers = "|".join(HELPERS)
+    others = machine_code.select(lambda name: re.search(rf"\d({helpers})I", name) is not None)
+    assert {re.search(rf"\d({helpers})I", f.name)[1] for f in others} == set(HELPERS)  # type: ignore[index]
+    assert [function.name for function in others if function.spills] == []
+
+
+def test_a_step_multiplies_on_tensor_cores_and_copies_16_bytes(functions: Functions) -> None:
+    for kernel, function in functions.items():
+        loop = function.loop
+        multiply = MULTIPLIES[kernel.arithmetic]
+        assert loop[multiply] == machine_code.count(loop, "HMMA") == kernel.products, kernel
+        # The compiler may write a piece of code twice.
+        copies = machine_code.count(loop, "LDGSTS")
+        assert copies == machine_code.count(loop, "LDGSTS.E.BYPASS.LTC128B.128"), kernel
+        assert copies % kernel.copies == 0, kernel
+        assert copies >= kernel.copies, kernel
+
+
+def test_16_bit_fragments_come_by_ldmatrix(functions: Functions) -> None:
+    for kernel, function in functions.items():
+        if kernel.arithmetic in ("BFloat16", "Half"):
+            matrices = STEP_DEPTH * (kernel.warp_m // 16 + kernel.warp_n // 16)
+            assert machine_code.count(function.loop, "LDSM") == matrices, kernel
+            single = {o for o in function.loop if o.startswith("LDS") and o != "LDS.128"}
+            assert {o for o in single if not o.startswith("LDSM")} == set(), kernel
+
+
+# Instructions of a step besides its products, at most: of the forward, addresses and predicates of
+# copies; of the gradient of the weight also where pixels lie.
+OVERHEAD = {"conv_kernel": 125, "conv_projection_kernel": 125, "conv_wgrad_kernel": 260}
+
+
+def test_loops_are_lean(functions: Functions) -> None:
+    for kernel, function in functions.items():
+        if kernel.arithmetic in ("BFloat16", "Half") and kernel.prologue == "Identity":
+            rest = function.loop.total() - kernel.products
+            assert rest <= OVERHEAD[kernel.name], kernel
+
+
+def test_registers_and_shared_memory_leave_room_for_the_promised_blocks(
+    functions: Functions,
+) -> None:
+    for kernel, function in functions.items():
+        # They are given out eight at a time.
+        most = machine_code.REGISTERS // (kernel.threads * kernel.resident_blocks) // 8 * 8
+        assert function.registers <= min(255, most), kernel
+        assert kernel.shared_bytes * kernel.resident_blocks <= SHARED_BYTES, kernel
