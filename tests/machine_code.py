@@ -20,20 +20,20 @@ from resnet_fused import _extension
 
 REGISTERS = 65536  # of a multiprocessor
 _TARGET = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
-_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.+?)\s*;")
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?(.+?)\s*;")
 
 
 class Function(NamedTuple):
     """One kernel for one architecture.
 
-    arch: "80", "90a", ...; name: mangled; loop: what is repeated around its products of matrices,
-    if it has any; the counters hold opcodes. Bytes and registers are those of a block and a thread.
+    arch: "80", "90a", ...; name: mangled; loops: what is repeated around products of matrices, in
+    one counter of opcodes for each loop. Bytes and registers are those of a block and a thread.
     """
 
     arch: str
     name: str
     opcodes: Counter[str]
-    loop: Counter[str]
+    loops: tuple[Counter[str], ...]
     registers: int
     shared_bytes: int
     local_bytes: int
@@ -77,24 +77,29 @@ def _listings() -> Iterator[tuple[str, str, Code]]:
             arch = line.removeprefix("arch = sm_").strip()
         elif is_next:
             name, code = line.partition(" : ")[2].strip(), []
-        elif match := _INSTRUCTION.match(line):
-            code.append((int(match[1], 16), match[2]))
+        elif (match := _INSTRUCTION.match(line)) and match[2] != "@!PT":  # which never runs
+            code.append((int(match[1], 16), match[3]))
     if name:
         yield arch, name, code
 
 
-def _opcodes(code: Code) -> tuple[Counter[str], Counter[str]]:
-    """Of all of it, and of the loop."""
+def _opcodes(code: Code) -> tuple[Counter[str], tuple[Counter[str], ...]]:
+    """Of all of it, and of each loop."""
     everything = Counter(_opcode(instruction) for _, instruction in code)
     products = [at for at, instruction in code if _opcode(instruction).startswith("HMMA")]
-    begin, end = 1, 0
-    # The loop's body may be laid out in several pieces that jump back.
+    loops: list[tuple[int, int]] = []
     for at, instruction in code:
         match = _TARGET.search(instruction)
-        target = int(match[1], 16) if match else at
-        if target < at and any(target <= product <= at for product in products):
-            begin, end = (min(begin, target) if end else target), max(end, at)
-    return everything, Counter(_opcode(i) for at, i in code if begin <= at <= end)
+        begin, end = int(match[1], 16) if match else at, at
+        if begin >= end or not any(begin <= product <= end for product in products):
+            continue
+        # A loop's body may be laid out in several pieces that jump back.
+        while loops and loops[-1][1] >= begin:
+            begin = min(begin, loops.pop()[0])
+        loops.append((begin, end))
+    return everything, tuple(
+        Counter(_opcode(i) for at, i in code if begin <= at <= end) for begin, end in loops
+    )
 
 
 def _opcode(instruction: str) -> str:

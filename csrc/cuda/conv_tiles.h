@@ -39,6 +39,15 @@ struct TileList<float, Math, Prologue> {
 template <class Math>
 struct TileList<float, Math, Identity> : TileList<float, Math, ScaleShiftRelu> {};
 
+template <class Prologue>
+struct TileList<float, Tf32x3, Prologue> {
+  using Types = std::tuple<Tile<float, Tf32x3, 128, 64, 32, 32, 4, 1>,
+                           Tile<float, Tf32x3, 64, 64, 32, 32, 4, 3>>;
+};
+
+template <>
+struct TileList<float, Tf32x3, Identity> : TileList<float, Tf32x3, ScaleShiftRelu> {};
+
 template <class T, class Math, class Prologue>
 using TilesOf = typename TileList<T, Math, Prologue>::Types;
 
