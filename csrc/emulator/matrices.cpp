@@ -1,7 +1,6 @@
 // What warps do with the tensor cores: matrices from shared memory to fragments, and products.
 #pragma GCC optimize("O3")
 
-#include <immintrin.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
@@ -26,30 +25,24 @@ using Words = std::array<uint32_t, kRowWords>;
 // How many more turns the rows of a matrix take than one: two different rows in the same banks
 // cannot be read at once.
 int count_conflicts(const MatrixLoad* const* rows) {
-  constexpr int kBankGroups = 8;
-  const auto line = [&](int i) { return rows[i]->row / kRowBytes; };
+  constexpr uint32_t kBankGroups = 8;
+  std::array<uint32_t, kMatrixRows> lines;
   unsigned groups = 0;
-  for (int i = 0; i < kMatrixRows; ++i) groups |= 1u << (line(i) % kBankGroups);
-  if (groups == (1u << kBankGroups) - 1) return 0;
-  int turns = 1;
   for (int i = 0; i < kMatrixRows; ++i) {
-    // In the same group and not after row i: different ones.
-    int same_group = 1;
-    for (int j = 0; j < i; ++j) {
-      if (line(j) % kBankGroups != line(i) % kBankGroups) continue;
-      const bool is_new = line(j) != line(i) && std::none_of(rows, rows + j, [&](const auto* row) {
-                            return row->row / kRowBytes == line(j);
-                          });
-      same_group += is_new;
-    }
-    turns = std::max(turns, same_group);
+    lines[i] = rows[i]->row / kRowBytes;
+    groups |= 1u << lines[i] % kBankGroups;
   }
-  return turns - 1;
+  if (groups == (1u << kBankGroups) - 1) return 0;
+  std::sort(lines.begin(), lines.end());
+  const auto end = std::unique(lines.begin(), lines.end());
+  std::array<int, kBankGroups> turns{};
+  for (auto line = lines.begin(); line != end; ++line) ++turns[*line % kBankGroups];
+  return *std::max_element(turns.begin(), turns.end()) - 1;
 }
 
-// Calls store(matrix, rows) for each matrix.
-template <class Store>
-void load_all(void* const* arguments, Site site, Store store) {
+// word(rows, i, j): word j of row i of what a matrix becomes.
+template <class Word>
+void load_all(void* const* arguments, Site site, Word word) {
   const auto* const* const loads = reinterpret_cast<const MatrixLoad* const*>(arguments);
   for (int matrix = 0; matrix < kMatrices; ++matrix) {
     std::array<Words, kMatrixRows> rows;
@@ -60,7 +53,7 @@ void load_all(void* const* arguments, Site site, Store store) {
     }
     counters.bank_conflicts += count_conflicts(loads + matrix * kMatrixRows);
     for (int lane = 0; lane < kWarpSize; ++lane) {
-      loads[lane]->fragment[matrix] = store(rows, lane / kRowWords, lane % kRowWords);
+      loads[lane]->fragment[matrix] = word(rows, lane / kRowWords, lane % kRowWords);
     }
   }
 }
@@ -91,9 +84,9 @@ struct Tf32Words {
 
 constexpr int kWordsDeep = 8;  // of each row of a, and of each column of b
 
-// The operands of a warp as its lanes multiply them, four numbers at a time like the sums of a tile:
-// (a of one row, the same again, a of the row 8 further down, the same again) and (b of one column,
-// b of the next, the same two again).
+// The operands of a warp as its lanes multiply them, four numbers at a time like the sums of a
+// tile: (a of one row, the same again, a of the row 8 further down, the same again) and (b of one
+// column, b of the next, the same two again).
 struct Operands {
   std::vector<float> a;  // [tile of rows][lane / 4][k][4]
   std::vector<float> b;  // [lane % 4][k][tile of columns][4]
@@ -123,8 +116,7 @@ void widen_operands(const Product* const* products, int rows, int columns) {
       for (int part = 0; part < 2; ++part) {
         Type::widen(product.b[2 * j + part], numbers);
         const int k = first + part * kHalf;
-        float* to =
-            &operands.b[4 * ((size_t{kDepth} * (group / 2) + k) * columns + j) + group % 2];
+        float* to = &operands.b[4 * ((size_t{kDepth} * (group / 2) + k) * columns + j) + group % 2];
         for (int n = 0; n < Type::kNumbers; ++n) {
           to[4 * columns * n] = to[4 * columns * n + 2] = numbers[n];
         }
@@ -134,9 +126,6 @@ void widen_operands(const Product* const* products, int rows, int columns) {
 }
 
 // sum[i][j] += a[i][k] * b[k][j] in order of k, for all i < rows and j < columns.
-using MultiplyAdd = void (*)(float* sum, const float* a, const float* b, int rows, int columns,
-                             int depth);
-
 typedef float Quad __attribute__((vector_size(16), aligned(4)));
 
 void multiply_add_quads(float* sum, const float* a, const float* b, int rows, int columns,
