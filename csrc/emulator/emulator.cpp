@@ -1,6 +1,4 @@
 // The scheduler of the emulator: fibers, blocks, barriers and warp collectives.
-#pragma GCC optimize("O3")
-
 #include "emulator/emulator.h"
 
 #include <sys/mman.h>

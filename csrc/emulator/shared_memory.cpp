@@ -1,6 +1,4 @@
 // Called for every access to dynamic shared memory.
-#pragma GCC optimize("O3")
-
 #include "emulator/shared_memory.h"
 
 #include <algorithm>
