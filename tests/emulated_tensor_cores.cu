@@ -88,7 +88,13 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();  // read
     copy(step + kStages, stage);
     ptx::commit_copies();  // later
-    ptx::multiply_add<T>(sum, fragment_a, fragment_b);
+    if constexpr (kTransposed) {
+      for (int j = 0; j < 2; ++j) {
+        ptx::multiply_add_tile<T>(sum[0][j], fragment_a[0], fragment_b[j]);
+      }
+    } else {
+      ptx::multiply_add<T>(sum, fragment_a, fragment_b);
+    }
   }
   ptx::wait_for_copies<0>();
 

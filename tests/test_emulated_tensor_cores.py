@@ -355,7 +355,8 @@ class TestConversions:
         assert nan.any()
         assert (expected.isinf() & x.isfinite()).any()
         assert torch.equal(out[~nan], expected[~nan])
-        assert (out.view(torch.int32)[nan] == 0x7FFFFFFF).all()
+        # ptxas makes it so for sm_80, sm_90 and sm_100.
+        assert torch.equal(out[nan].view(torch.int32), seen(x)[nan].view(torch.int32))
 
 
 class TestDistinctBytes:

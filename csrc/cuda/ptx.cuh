@@ -185,7 +185,8 @@ __device__ __forceinline__ void multiply_add(float (&sum)[kRows][kColumns][4],
   }
 }
 
-// The nearest number with 10 bits of fraction, ties away from zero.
+// The nearest number with 10 bits of fraction, ties away from zero. NaN keeps its upper bits: one
+// without any, which no arithmetic results in, becomes infinity.
 __device__ __forceinline__ uint32_t round_to_tf32(float value) {
   uint32_t rounded;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));

@@ -130,9 +130,8 @@ inline void multiply_add_tile(float (&sum)[4], const uint32_t (&a)[4], const uin
 
 inline uint32_t round_to_tf32(float value) {
   constexpr uint32_t kDroppedBits = (1u << 13) - 1;
-  if (std::isnan(value)) return 0x7fffffffu;
   const uint32_t bits = std::bit_cast<uint32_t>(value);
-  return std::isinf(value) ? bits : (bits + (1u << 12)) & ~kDroppedBits;
+  return (std::isfinite(value) ? bits + (1u << 12) : bits) & ~kDroppedBits;
 }
 
 // One of the two numbers of pack().
