@@ -34,14 +34,16 @@ SANITIZE = os.environ.get("RESNET_FUSED_TEST_SANITIZER") == "address"
 OLDEST_COMPILER = 11  # <source_location>
 
 FLAGS = [
-    *("-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
+    *("-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
     # Vectors are loaded under a condition and used under the same one, which g++ cannot follow.
     *("-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-fmax-errors=5"),
-    *("-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"),
     *("-DRESNET_FUSED_EMULATE", "-DTORCH_STABLE_ONLY"),
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
     *("-Icsrc", "-isystem", str(TORCH / "include")),
 ]
+# Of the kernels, which are to be tested, and of the emulator, which takes most of the time.
+KERNEL_FLAGS = ["-O1", "-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]
+EMULATOR_FLAGS = ["-O3"]
 SANITIZE_FLAGS = ["-fsanitize=address", "-fno-omit-frame-pointer"]
 LINK_FLAGS = ["-shared", "-Wl,-z,defs", f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu"]
 DAYS_KEPT = 3
@@ -102,7 +104,7 @@ def build_source(text: str, name: str, filename: str, sanitize: bool = SANITIZE)
     """The file that compile_source loads."""
     defines = f"#define RESNET_FUSED_NAMESPACE {namespace(name)}\n"
     text = f'{defines}#include "emulator/library.cpp"\n#line 1 "{filename}"\n{text}'
-    objects = [*compile_emulator(sanitize), compile_text(name, text, sanitize)]
+    objects = [*compile_emulator(sanitize), compile_text(name, text, KERNEL_FLAGS, sanitize)]
     return link(name, objects, sanitize)
 
 
@@ -153,11 +155,12 @@ def compile_emulator(sanitize: bool) -> list[Path]:
 
 def compile_file(source: Path, sanitize: bool) -> Path:
     text = f'#line 1 "{source.relative_to(ROOT)}"\n{source.read_text()}'
-    return compile_text(source.stem, text, sanitize)
+    flags = KERNEL_FLAGS if source.suffix == ".cu" else EMULATOR_FLAGS
+    return compile_text(source.stem, text, flags, sanitize)
 
 
-def compile_text(title: str, text: str, sanitize: bool) -> Path:
-    command = ["g++", *FLAGS, *(SANITIZE_FLAGS if sanitize else ()), "-x", "c++", "-c", "-"]
+def compile_text(title: str, text: str, flags: Sequence[str], sanitize: bool) -> Path:
+    command = ["g++", *FLAGS, *flags, *(SANITIZE_FLAGS if sanitize else ()), "-x", "c++", "-c", "-"]
     return cached(f"{title}.o", command, text, headers(text))
 
 

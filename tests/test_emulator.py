@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import emulation
 import pytest
 import torch
+from broken_kernels import Mutant, Source
 
 pytestmark = [
     pytest.mark.emulator,
     pytest.mark.skipif(emulation.unavailable() is not None, reason=str(emulation.unavailable())),
 ]
 
-FILENAME = "tests/emulated_kernels.cu"
-TEXT = (Path(__file__).parent / "emulated_kernels.cu").read_text()
+SOURCE = Source.read("emulated_kernels.cu")
 SEEDS = range(20)
 
 SUM_OF_PAIR = "sums.store(thread, sums.load(thread) + sums.load(thread + half));"
 SUM_OF_WARP = "sum = warp_sum(sums.load(thread));"
 LAST_BLOCK = "is_last.store(0, atomicInc(finished, gridDim.x - 1) == gridDim.x - 1);"
-
-
-class Mutant(NamedTuple):
-    """One change that makes a kernel wrong: what finds it, and the line that must be named.
-
-    line: a part of the line, after the change, at which the mistake can be seen.
-    """
-
-    operator: str
-    old: str
-    new: str
-    message: str
-    line: str
 
 
 MUTANTS = {
@@ -190,26 +173,12 @@ GLOBAL_MUTANTS = {
 
 @pytest.fixture(scope="module")
 def ops() -> Any:
-    return emulation.compile_source(TEXT, "correct", FILENAME)
-
-
-def mutated(mutant: Mutant) -> str:
-    return emulation.mutate(TEXT, mutant.old, mutant.new)
-
-
-def places(mutant: Mutant) -> str:
-    """A pattern for each "file:line" that the mistake can be seen at."""
-    lines = enumerate(mutated(mutant).splitlines(), 1)
-    found = [re.escape(f"{FILENAME}:{number}") for number, line in lines if mutant.line in line]
-    assert found, f"{mutant.line!r} is not in the text"
-    return "|".join(found)
+    return SOURCE.compile("correct")
 
 
 @pytest.fixture(scope="module")
 def mutants() -> dict[str, Any]:
-    texts = {name: mutated(mutant) for name, mutant in MUTANTS.items()}
-    # What finds these is the emulator; compiling them for AddressSanitizer too would take long.
-    return emulation.compile_sources(texts, FILENAME, sanitize=False)
+    return SOURCE.compile_mutants(MUTANTS)
 
 
 def call(ops: Any, operator: str) -> None:
@@ -283,17 +252,8 @@ class TestCorrectKernels:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mistake_is_found_in_any_order(mutants: dict[str, Any], name: str) -> None:
-    mutant = MUTANTS[name]
-    for seed in SEEDS:
-        mutants[name].configure(seed, 3)
-        with pytest.raises(RuntimeError, match=mutant.message) as error:
-            call(mutants[name], mutant.operator)
-        message = str(error.value)
-        assert message.startswith(f"{mutant.operator}_kernel: ")
-        assert message.endswith(f", seed {seed}]")
-        assert "thread (" in message
-        assert "block (" in message
-        assert re.search(rf"({places(mutant)})\b", message), message
+    mutant, ops = MUTANTS[name], mutants[name]
+    SOURCE.assert_found(mutant, ops, lambda: call(ops, mutant.operator), SEEDS)
 
 
 @pytest.mark.parametrize("name", GLOBAL_MUTANTS)
@@ -301,11 +261,11 @@ def test_access_out_of_bounds_is_found_by_address_sanitizer(name: str) -> None:
     if not emulation.preload():
         pytest.skip("g++ comes without libasan")
     mutant = GLOBAL_MUTANTS[name]
-    done = run_sanitized(mutated(mutant), name, "ops.copy(torch.ones(1027))")
+    done = SOURCE.run_sanitized(SOURCE.mutated(mutant), name, "ops.copy(torch.ones(1027))")
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
     assert mutant.message in done.stderr
-    assert re.search(rf"in copy_kernel ({places(mutant)})\n", done.stderr), done.stderr
+    assert re.search(rf"in copy_kernel ({SOURCE.places(mutant)})\n", done.stderr), done.stderr
 
 
 def test_address_sanitizer_follows_the_fibers() -> None:
@@ -313,8 +273,8 @@ def test_address_sanitizer_follows_the_fibers() -> None:
         pytest.skip("g++ comes without libasan")
     # An error leaves fibers half-way, whose stacks are used again.
     mutant = MUTANTS["barrier_in_branch"]
-    done = run_sanitized(
-        mutated(mutant),
+    done = SOURCE.run_sanitized(
+        SOURCE.mutated(mutant),
         "barrier_in_branch",
         """
 for _ in range(20):
@@ -329,22 +289,3 @@ for _ in range(20):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-
-
-def run_sanitized(text: str, name: str, code: str) -> subprocess.CompletedProcess[str]:
-    """Runs code, which uses ops, in another process: those of text, under AddressSanitizer."""
-    path = emulation.build_source(text, name, FILENAME, sanitize=True)
-    program = f"""
-import torch
-torch.ops.load_library({str(path)!r})
-ops = torch.ops.{emulation.namespace(name)}
-{code}
-"""
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, **emulation.preload()},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )

@@ -76,6 +76,7 @@ __device__ __forceinline__ V load_shared(SharedAddress from) {
 template <class V>
 __device__ __forceinline__ void store_shared(SharedAddress to, V value) {
   check_access_type<V>();
+  static_assert(sizeof(V) >= 2);
   if constexpr (sizeof(V) == 2) {
     const uint16_t word = *reinterpret_cast<const uint16_t*>(&value);
     asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(word) : "memory");
@@ -88,8 +89,8 @@ __device__ __forceinline__ void store_shared(SharedAddress to, V value) {
                  : "memory");
   } else {
     const uint4 words = *reinterpret_cast<const uint4*>(&value);
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words.x),
-                 "r"(words.y), "r"(words.z), "r"(words.w)
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words.x), "r"(words.y),
+                 "r"(words.z), "r"(words.w)
                  : "memory");
   }
 }
@@ -149,10 +150,11 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&fragment)[4]
 template <class T>
 __device__ __forceinline__ void multiply_add_tile(float (&sum)[4], const uint32_t (&a)[4],
                                                   const uint32_t (&b)[2]) {
-#define RESNET_FUSED_MMA(shape, type)                                                         \
-  asm("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 "                         \
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                       \
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                \
+#define RESNET_FUSED_MMA(shape, type)                                   \
+  asm("mma.sync.aligned." shape ".row.col.f32." type "." type           \
+      ".f32 "                                                           \
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])          \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
   if constexpr (std::is_same_v<T, BFloat16>) {
     RESNET_FUSED_MMA("m16n8k16", "bf16");
@@ -165,10 +167,10 @@ __device__ __forceinline__ void multiply_add_tile(float (&sum)[4], const uint32_
 #undef RESNET_FUSED_MMA
 }
 
-// sum += a @ b of a warp's (16 * kRows) x (8 * kColumns) tile. sum[i][j]: rows 16 * i + lane / 4 and
-// 8 more, columns 8 * j + 2 * (lane % 4) and the next; a[i]: matrices (rows 0-7, first half), (rows
-// 8-15, first half), (rows 0-7, second half), (rows 8-15, second half); b[j]: both halves of 8
-// columns. Every other row runs backwards: then neighbouring products share an operand.
+// sum += a @ b of a warp's (16 * kRows) x (8 * kColumns) tile. sum[i][j]: rows 16 * i + lane / 4
+// and 8 more, columns 8 * j + 2 * (lane % 4) and the next; a[i]: matrices (rows 0-7, first half),
+// (rows 8-15, first half), (rows 0-7, second half), (rows 8-15, second half); b[j]: both halves of
+// 8 columns. Every other row runs backwards: then neighbouring products share an operand.
 template <class T, int kRows, int kColumns>
 __device__ __forceinline__ void multiply_add(float (&sum)[kRows][kColumns][4],
                                              const uint32_t (&a)[kRows][4],
@@ -183,7 +185,8 @@ __device__ __forceinline__ void multiply_add(float (&sum)[kRows][kColumns][4],
   }
 }
 
-// The nearest number with 10 bits of fraction, ties away from zero.
+// The nearest number with 10 bits of fraction, ties away from zero. NaN keeps its upper bits: one
+// without any, which no arithmetic results in, becomes infinity.
 __device__ __forceinline__ uint32_t round_to_tf32(float value) {
   uint32_t rounded;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));

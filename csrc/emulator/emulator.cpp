@@ -1,6 +1,4 @@
 // The scheduler of the emulator: fibers, blocks, barriers and warp collectives.
-#pragma GCC optimize("O3")
-
 #include "emulator/emulator.h"
 
 #include <sys/mman.h>
@@ -55,7 +53,8 @@ resnet_fused_switch_stack:
 namespace resnet_fused::emulator {
 namespace {
 
-// Without a request by cudaFuncSetAttribute, as platform.h makes in allow_shared_bytes; and with it.
+// Without a request by cudaFuncSetAttribute, as platform.h makes in allow_shared_bytes; and with
+// it.
 constexpr size_t kMaxSharedBytes = 48 * 1024;
 constexpr size_t kMaxAllowedSharedBytes = 227 * 1024;
 constexpr unsigned kMaxGridYZ = 65535;
@@ -422,9 +421,9 @@ void complete_collective(Scheduler& s) {
 // With every lane of the warp waiting or ended, and at least one at a collective.
 [[noreturn]] void fail_collective(const Round& round) {
   const Thread* const end = round.lanes + round.count;
-  const Thread& first = *std::find_if(
-      round.lanes, round.lanes + round.count,
-      [](const Thread& lane) { return lane.state == State::kAtCollective; });
+  const Thread& first =
+      *std::find_if(round.lanes, round.lanes + round.count,
+                    [](const Thread& lane) { return lane.state == State::kAtCollective; });
   const auto other = std::find_if(round.lanes, round.lanes + round.count, [&](const Thread& lane) {
     return lane.state != State::kAtCollective || !is_same(*lane.call, *first.call);
   });
@@ -650,8 +649,8 @@ void fail_shared_alignment(const char* what, uint32_t address, size_t bytes, Sit
 
 void fail_shared_range(const char* what, uint32_t offset, size_t bytes, Site site) {
   fail_in_thread("makes a " + std::to_string(bytes) + "-byte " + what + " of " +
-                 to_string(SharedAccess{nullptr, static_cast<int>(offset), site}) +
-                 ", which has " + std::to_string(dynamic_memory.size) + ", at " + to_string(site));
+                 to_string(SharedAccess{nullptr, static_cast<int>(offset), site}) + ", which has " +
+                 std::to_string(dynamic_memory.size) + ", at " + to_string(site));
 }
 
 void fail_race(const SharedAccess& access, const char* what, const char* what_before,

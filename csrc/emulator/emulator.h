@@ -113,8 +113,8 @@ struct Counters {
   // Of global memory, each counted once however often it was accessed.
   int64_t distinct_bytes_read = 0;
   int64_t distinct_bytes_written = 0;
-  // Instructions of the tensor cores, each for a 16x8 tile; and how often the eight rows of a matrix
-  // that a warp loads had to wait for each other.
+  // Instructions of the tensor cores, each for a 16x8 tile; and how often the eight rows of a
+  // matrix that a warp loads had to wait for each other.
   int64_t products = 0;
   int64_t bank_conflicts = 0;
 };
@@ -137,14 +137,14 @@ struct Stamp {
   unsigned thread = 0;
 };
 
-// What is remembered of a piece of shared memory. Of the readers since the last barrier: the last
-// one, the lanes of its warp that read since that warp's last __syncwarp, and the last one of
-// another warp. That is enough to know whether any of them is unordered with a later writer.
+// What is remembered of a piece of shared memory. Of the readers: the last one, the last other lane
+// of its warp, and the last one of another warp. If any reader is unordered with a later writer,
+// one of these is.
 struct Cell {
   Stamp writer;
   Stamp reader;
+  Stamp reader_of_other_lane;
   Stamp reader_of_other_warp;
-  uint32_t reader_lanes = 0;
   // The writer is a cp.async that it has not waited for.
   bool is_in_flight = false;
 };
@@ -187,13 +187,10 @@ inline void check_read(Cell& cell, const SharedAccess& access) {
   if (is_unordered(cell.writer)) [[unlikely]] {
     fail_race(access, "reads", "written", cell.writer.thread, cell.writer.site);
   }
-  const unsigned warp = warp_of(current_thread);
-  const bool same_warp = warp_of(cell.reader.thread) == warp;
-  if (!same_warp) cell.reader_of_other_warp = cell.reader;
-  if (!same_warp || cell.reader.phase != phase || cell.reader.warp_phase != warp_phases[warp]) {
-    cell.reader_lanes = 0;
+  if (cell.reader.thread != current_thread) {
+    const bool same_warp = warp_of(cell.reader.thread) == warp_of(current_thread);
+    (same_warp ? cell.reader_of_other_lane : cell.reader_of_other_warp) = cell.reader;
   }
-  cell.reader_lanes |= 1u << (current_thread % kWarpSize);
   cell.reader = stamp(access.site);
 }
 
@@ -204,18 +201,11 @@ inline void check_write(Cell& cell, const SharedAccess& access) {
   if (is_unordered(cell.writer)) [[unlikely]] {
     fail_race(access, "writes", "written", cell.writer.thread, cell.writer.site);
   }
-  for (const Stamp& reader : {cell.reader, cell.reader_of_other_warp}) {
-    if (is_unordered(reader)) [[unlikely]] {
-      fail_race(access, "writes", "read", reader.thread, reader.site);
+  for (const Stamp* reader :
+       {&cell.reader, &cell.reader_of_other_lane, &cell.reader_of_other_warp}) {
+    if (is_unordered(*reader)) [[unlikely]] {
+      fail_race(access, "writes", "read", reader->thread, reader->site);
     }
-  }
-  // The last reader may be this thread, after another lane of its warp.
-  const unsigned warp = warp_of(current_thread);
-  const uint32_t others = cell.reader_lanes & ~(1u << (current_thread % kWarpSize));
-  if (others != 0 && cell.reader.phase == phase && warp_of(cell.reader.thread) == warp &&
-      cell.reader.warp_phase == warp_phases[warp]) [[unlikely]] {
-    fail_race(access, "writes", "read", warp * kWarpSize + std::countr_zero(others),
-              cell.reader.site);
   }
   cell.writer = stamp(access.site);
 }

@@ -1,12 +1,10 @@
 // What warps do with the tensor cores: matrices from shared memory to fragments, and products.
-#pragma GCC optimize("O3")
-
-#include <immintrin.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cstring>
 #include <vector>
 
 #include "cuda/ptx.cuh"
@@ -26,30 +24,24 @@ using Words = std::array<uint32_t, kRowWords>;
 // How many more turns the rows of a matrix take than one: two different rows in the same banks
 // cannot be read at once.
 int count_conflicts(const MatrixLoad* const* rows) {
-  constexpr int kBankGroups = 8;
-  const auto line = [&](int i) { return rows[i]->row / kRowBytes; };
+  constexpr uint32_t kBankGroups = 8;
+  std::array<uint32_t, kMatrixRows> lines;
   unsigned groups = 0;
-  for (int i = 0; i < kMatrixRows; ++i) groups |= 1u << (line(i) % kBankGroups);
-  if (groups == (1u << kBankGroups) - 1) return 0;
-  int turns = 1;
   for (int i = 0; i < kMatrixRows; ++i) {
-    // In the same group and not after row i: different ones.
-    int same_group = 1;
-    for (int j = 0; j < i; ++j) {
-      if (line(j) % kBankGroups != line(i) % kBankGroups) continue;
-      const bool is_new = line(j) != line(i) && std::none_of(rows, rows + j, [&](const auto* row) {
-                            return row->row / kRowBytes == line(j);
-                          });
-      same_group += is_new;
-    }
-    turns = std::max(turns, same_group);
+    lines[i] = rows[i]->row / kRowBytes;
+    groups |= 1u << lines[i] % kBankGroups;
   }
-  return turns - 1;
+  if (groups == (1u << kBankGroups) - 1) return 0;
+  std::sort(lines.begin(), lines.end());
+  const auto end = std::unique(lines.begin(), lines.end());
+  std::array<int, kBankGroups> turns{};
+  for (auto line = lines.begin(); line != end; ++line) ++turns[*line % kBankGroups];
+  return *std::max_element(turns.begin(), turns.end()) - 1;
 }
 
-// Calls store(matrix, rows) for each matrix.
-template <class Store>
-void load_all(void* const* arguments, Site site, Store store) {
+// word(rows, i, j): word j of row i of what a matrix becomes.
+template <class Word>
+void load_all(void* const* arguments, Site site, Word word) {
   const auto* const* const loads = reinterpret_cast<const MatrixLoad* const*>(arguments);
   for (int matrix = 0; matrix < kMatrices; ++matrix) {
     std::array<Words, kMatrixRows> rows;
@@ -60,7 +52,7 @@ void load_all(void* const* arguments, Site site, Store store) {
     }
     counters.bank_conflicts += count_conflicts(loads + matrix * kMatrixRows);
     for (int lane = 0; lane < kWarpSize; ++lane) {
-      loads[lane]->fragment[matrix] = store(rows, lane / kRowWords, lane % kRowWords);
+      loads[lane]->fragment[matrix] = word(rows, lane / kRowWords, lane % kRowWords);
     }
   }
 }
@@ -89,14 +81,15 @@ struct Tf32Words {
   }
 };
 
+constexpr int kTileRows = 16;
+constexpr int kTileColumns = 8;
 constexpr int kWordsDeep = 8;  // of each row of a, and of each column of b
 
-// The operands of a warp as its lanes multiply them, four numbers at a time like the sums of a tile:
-// (a of one row, the same again, a of the row 8 further down, the same again) and (b of one column,
-// b of the next, the same two again).
+// The operands of a warp and a row of its sums, as matrices.
 struct Operands {
-  std::vector<float> a;  // [tile of rows][lane / 4][k][4]
-  std::vector<float> b;  // [lane % 4][k][tile of columns][4]
+  std::vector<float> a;    // [row][k]
+  std::vector<float> b;    // [k][column]
+  std::vector<float> sum;  // [column]
 };
 Operands operands;
 
@@ -104,66 +97,69 @@ template <class Type>
 void widen_operands(const Product* const* products, int rows, int columns) {
   constexpr int kDepth = kWordsDeep * Type::kNumbers;
   constexpr int kHalf = kDepth / 2;
-  operands.a.resize(std::max<size_t>(operands.a.size(), size_t{4} * rows * 8 * kDepth));
-  operands.b.resize(std::max<size_t>(operands.b.size(), size_t{4} * 4 * kDepth * columns));
+  const size_t pitch = size_t{kTileColumns} * columns;
+  operands.a.resize(std::max(operands.a.size(), size_t{kTileRows} * rows * kDepth));
+  operands.b.resize(std::max(operands.b.size(), kDepth * pitch));
+  operands.sum.resize(std::max(operands.sum.size(), pitch));
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const Product& product = *products[lane];
     const int group = lane / 4;
     const int first = lane % 4 * Type::kNumbers;
-    float numbers[Type::kNumbers];
     for (int i = 0; i < rows; ++i) {
       for (int part = 0; part < 4; ++part) {
-        Type::widen(product.a[4 * i + part], numbers);
-        const int k = first + part / 2 * kHalf;
-        float* to = &operands.a[4 * ((size_t{8} * i + group) * kDepth + k) + part % 2 * 2];
-        for (int n = 0; n < Type::kNumbers; ++n) to[4 * n] = to[4 * n + 1] = numbers[n];
+        const int row = kTileRows * i + group + part % 2 * 8;
+        Type::widen(product.a[4 * i + part], &operands.a[row * kDepth + first + part / 2 * kHalf]);
       }
     }
+    float numbers[Type::kNumbers];
     for (int j = 0; j < columns; ++j) {
       for (int part = 0; part < 2; ++part) {
         Type::widen(product.b[2 * j + part], numbers);
-        const int k = first + part * kHalf;
-        float* to =
-            &operands.b[4 * ((size_t{kDepth} * (group / 2) + k) * columns + j) + group % 2];
-        for (int n = 0; n < Type::kNumbers; ++n) {
-          to[4 * columns * n] = to[4 * columns * n + 2] = numbers[n];
-        }
+        float* to = &operands.b[(first + part * kHalf) * pitch + kTileColumns * j + group];
+        for (int n = 0; n < Type::kNumbers; ++n) to[n * pitch] = numbers[n];
       }
     }
   }
 }
 
-// sum[i][j] += a[i][k] * b[k][j] in order of k, for all i < rows and j < columns.
-using MultiplyAdd = void (*)(float* sum, const float* a, const float* b, int rows, int columns,
-                             int depth);
+using Columns = float __attribute__((vector_size(sizeof(float) * kTileColumns)));
 
-typedef float Quad __attribute__((vector_size(16), aligned(4)));
-
-void multiply_add_quads(float* sum, const float* a, const float* b, int rows, int columns,
-                        int depth) {
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < columns; ++j) {
-      Quad* const to = reinterpret_cast<Quad*>(sum + 4 * (i * columns + j));
-      Quad total = *to;
-      for (int k = 0; k < depth; ++k) {
-        total += *reinterpret_cast<const Quad*>(a + 4 * (kMatrixRows * i * depth + k)) *
-                 *reinterpret_cast<const Quad*>(b + 4 * (k * columns + j));
-      }
-      *to = total;
+// sum[column] += a[k] * b[k][column] in order of k, over `tiles` tiles of columns.
+__attribute__((target_clones("avx2", "default"))) void multiply_add_row(float* sum, const float* a,
+                                                                        const float* b, int tiles,
+                                                                        int depth) {
+  for (int j = 0; j < tiles; ++j) {
+    Columns total;
+    std::memcpy(&total, sum + kTileColumns * j, sizeof(total));
+    for (int k = 0; k < depth; ++k) {
+      Columns b_of_k;
+      std::memcpy(&b_of_k, b + kTileColumns * (k * tiles + j), sizeof(b_of_k));
+      total += a[k] * b_of_k;
     }
+    std::memcpy(sum + kTileColumns * j, &total, sizeof(total));
   }
 }
 
 template <class Type>
 void multiply_add(void* const* arguments) {
+  constexpr int kDepth = kWordsDeep * Type::kNumbers;
   const auto* const* const products = reinterpret_cast<const Product* const*>(arguments);
   const int rows = products[0]->rows, columns = products[0]->columns;
-  constexpr int kDepth = kWordsDeep * Type::kNumbers;
   widen_operands<Type>(products, rows, columns);
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    multiply_add_quads(products[lane]->sum, &operands.a[size_t{4} * (lane / 4) * kDepth],
-                       &operands.b[size_t{4} * (lane % 4) * kDepth * columns], rows, columns,
-                       kDepth);
+  for (int row = 0; row < kTileRows * rows; ++row) {
+    // Of each tile four lanes have two neighbouring numbers of the row.
+    const auto for_each_pair = [&](auto visit) {
+      const int first = 4 * (row / kTileRows * columns) + row / 8 % 2 * 2;
+      for (int lane = 0; lane < 4; ++lane) {
+        float* const own = products[row % 8 * 4 + lane]->sum + first;
+        float* const of_row = &operands.sum[2 * lane];
+        for (int j = 0; j < columns; ++j) visit(own + 4 * j, of_row + kTileColumns * j);
+      }
+    };
+    for_each_pair([](const float* own, float* of_row) { std::copy_n(own, 2, of_row); });
+    multiply_add_row(operands.sum.data(), &operands.a[row * kDepth], operands.b.data(), columns,
+                     kDepth);
+    for_each_pair([](float* own, const float* of_row) { std::copy_n(of_row, 2, own); });
   }
   counters.products += int64_t{rows} * columns;
 }

@@ -123,16 +123,15 @@ inline void multiply_add(float (&sum)[kRows][kColumns][4], const uint32_t (&a)[k
 template <class T>
 inline void multiply_add_tile(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                               emulator::Site site = emulator::Site::current()) {
-  multiply_add<T>(reinterpret_cast<float(&)[1][1][4]>(sum),
-                  reinterpret_cast<const uint32_t(&)[1][4]>(a),
-                  reinterpret_cast<const uint32_t(&)[1][2]>(b), site);
+  multiply_add<T>(reinterpret_cast<float (&)[1][1][4]>(sum),
+                  reinterpret_cast<const uint32_t (&)[1][4]>(a),
+                  reinterpret_cast<const uint32_t (&)[1][2]>(b), site);
 }
 
 inline uint32_t round_to_tf32(float value) {
   constexpr uint32_t kDroppedBits = (1u << 13) - 1;
-  if (std::isnan(value)) return 0x7fffffffu;
   const uint32_t bits = std::bit_cast<uint32_t>(value);
-  return std::isinf(value) ? bits : (bits + (1u << 12)) & ~kDroppedBits;
+  return (std::isfinite(value) ? bits + (1u << 12) : bits) & ~kDroppedBits;
 }
 
 // One of the two numbers of pack().

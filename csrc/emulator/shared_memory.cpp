@@ -1,6 +1,4 @@
 // Called for every access to dynamic shared memory.
-#pragma GCC optimize("O3")
-
 #include "emulator/shared_memory.h"
 
 #include <algorithm>
@@ -73,9 +71,8 @@ inline void for_each_cell(uint32_t offset, size_t bytes, Visit visit) {
 }
 
 void check_line_write(uint32_t line, Site site) {
-  for_each_piece(line, [site](Cell& cell, uint32_t offset) {
-    check_write(cell, access_to(offset, site));
-  });
+  for_each_piece(
+      line, [site](Cell& cell, uint32_t offset) { check_write(cell, access_to(offset, site)); });
   if (lines[line].is_split && !never_merge) {
     lines[line].is_split = false;
     lines[line].cell = Cell();

@@ -15,7 +15,8 @@ void prepare_shared_memory(size_t bytes);
 void check_copies_landed();
 
 // Each defined by the scheduler.
-[[noreturn]] void fail_shared_alignment(const char* what, uint32_t address, size_t bytes, Site site);
+[[noreturn]] void fail_shared_alignment(const char* what, uint32_t address, size_t bytes,
+                                        Site site);
 [[noreturn]] void fail_shared_range(const char* what, uint32_t offset, size_t bytes, Site site);
 [[noreturn]] void fail_end_with_copies(Site site);
 
