@@ -98,16 +98,19 @@ struct Multiply<Tf32x3> {
   static __device__ __forceinline__ void split(const uint32_t (&values)[kTiles][kWords],
                                                uint32_t (&high)[kTiles][kWords],
                                                uint32_t (&low)[kTiles][kWords]) {
-    constexpr uint32_t kInfinity = 0x7f800000u;
+    constexpr uint32_t kHighBits = 0xffffe000u, kInfinity = 0x7f800000u;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
       for (int j = 0; j < kWords; ++j) {
         high[i][j] = ptx::round_to_tf32(ptx::float_of(values[i][j]));
         const float rest = ptx::float_of(values[i][j]) - ptx::float_of(high[i][j]);
-        // Infinity has no rest: the difference of two is NaN.
-        const bool is_finite = (high[i][j] & kInfinity) != kInfinity;
-        low[i][j] = is_finite ? ptx::round_to_tf32(rest) : 0;
+        low[i][j] = ptx::round_to_tf32(rest);
+        // Infinity has no rest, the difference of two is NaN, and no rounding may make one.
+        if ((high[i][j] & kInfinity) == kInfinity) {
+          high[i][j] = values[i][j] & kHighBits;
+          low[i][j] = 0;
+        }
       }
     }
   }
@@ -199,6 +202,7 @@ struct RowsSideBySide {
   template <int kTiles>
   static __device__ __forceinline__ void load_a(uint32_t (&a)[kTiles][4], SharedAddress first,
                                                 int product) {
+    static_assert(kTiles * 16 * sizeof(T) <= ptx::kSharedAlignment);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const SharedAddress at = (first ^ (i * 16 * sizeof(T))) + product * kProductBytes;
@@ -214,7 +218,7 @@ struct RowsSideBySide {
   template <int kTiles>
   static __device__ __forceinline__ void load_b(uint32_t (&b)[kTiles][2], SharedAddress first,
                                                 int product) {
-    static_assert(kTiles % 2 == 0);
+    static_assert(kTiles % 2 == 0 && kTiles * 8 * sizeof(T) <= ptx::kSharedAlignment);
 #pragma unroll
     for (int i = 0; i < kTiles; i += 2) {
       const SharedAddress at = (first ^ (i * 8 * sizeof(T))) + product * kProductBytes;

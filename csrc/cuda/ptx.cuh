@@ -24,6 +24,7 @@ struct Tf32 {};
 
 // An address in shared memory, in bytes.
 using SharedAddress = uint32_t;
+constexpr uint32_t kSharedAlignment = 256;
 
 __device__ __forceinline__ float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 __device__ __forceinline__ uint32_t bits_of(float value) {
@@ -38,9 +39,10 @@ __device__ __forceinline__ uint32_t bits_of(float value) {
 
 namespace resnet_fused::ptx {
 
-// Of the launch's dynamic shared memory; a multiple of 128.
+// Of the launch's dynamic shared memory; a multiple of kSharedAlignment, so that bits below it can
+// be flipped in an address.
 __device__ __forceinline__ SharedAddress dynamic_shared() {
-  extern __shared__ __align__(128) unsigned char resnet_fused_aligned_shared[];
+  extern __shared__ __align__(kSharedAlignment) unsigned char resnet_fused_aligned_shared[];
   return static_cast<SharedAddress>(__cvta_generic_to_shared(resnet_fused_aligned_shared));
 }
 

@@ -13,8 +13,8 @@
 
 namespace resnet_fused::emulator {
 
-// Not 0, so that a kernel cannot do without it.
-constexpr uint32_t kDynamicSharedAddress = 128;
+// Not 0, so that a kernel cannot do without it, and as little aligned as a kernel may expect.
+constexpr uint32_t kDynamicSharedAddress = ptx::kSharedAlignment;
 
 void read_shared(void* value, uint32_t from, size_t bytes, Site site);
 void write_shared(uint32_t to, const void* value, size_t bytes, Site site);

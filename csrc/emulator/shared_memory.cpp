@@ -14,7 +14,7 @@ namespace {
 
 constexpr uint32_t kLineBytes = 16;
 constexpr uint32_t kCellsPerLine = kLineBytes / kDynamicCellBytes;
-constexpr uint32_t kAlignment = 128;
+constexpr uint32_t kAlignment = ptx::kSharedAlignment;
 
 struct alignas(kAlignment) AlignedBytes {
   std::byte bytes[kAlignment];
