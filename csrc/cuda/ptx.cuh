@@ -38,9 +38,9 @@ __device__ __forceinline__ uint32_t bits_of(float value) {
 
 namespace resnet_fused::ptx {
 
-// Of the launch's dynamic shared memory; a multiple of 128.
+// Of the launch's dynamic shared memory; a multiple of 256.
 __device__ __forceinline__ SharedAddress dynamic_shared() {
-  extern __shared__ __align__(128) unsigned char resnet_fused_aligned_shared[];
+  extern __shared__ __align__(256) unsigned char resnet_fused_aligned_shared[];
   return static_cast<SharedAddress>(__cvta_generic_to_shared(resnet_fused_aligned_shared));
 }
 

@@ -14,7 +14,7 @@
 namespace resnet_fused::emulator {
 
 // Not 0, so that a kernel cannot do without it.
-constexpr uint32_t kDynamicSharedAddress = 128;
+constexpr uint32_t kDynamicSharedAddress = 256;
 
 void read_shared(void* value, uint32_t from, size_t bytes, Site site);
 void write_shared(uint32_t to, const void* value, size_t bytes, Site site);
