@@ -181,6 +181,23 @@ def test_layers(emulated: Any, name: str, kind: Kind) -> None:
         assert_as_accurate_as_eager(actual, plain[output], exact[output], output)
 
 
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_tensors_that_begin_between_vectors(emulated: Any, kind: Kind, arithmetic: str) -> None:
+    (dtype, tf32), conv = ARITHMETICS[arithmetic], RAGGED["1x1"]
+    tensors = given(kind, conv, dtype)
+    shifted = {name: behind_one_element(t) for name, t in tensors.items()}
+    plain, exact = eager(kind, conv, tensors), eager(kind, conv, in_double(tensors))
+    results = run(emulated, kind, conv, shifted, tf32)
+    for output, actual in results.items():
+        assert_as_accurate_as_eager(actual, plain[output], exact[output], output)
+
+
+def behind_one_element(tensor: Tensor) -> Tensor:
+    storage = tensor.new_empty(tensor.numel() + 1)
+    return storage.as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
+
+
 STATS = Kind("conv_stats", "identity")
 
 
