@@ -104,7 +104,7 @@ def test_every_tile(emulated: Any, kind: Kind, arithmetic: str) -> None:
             for record in records:
                 assert record["grid"][1] == splits, title
                 assert record["block"] == [tile.threads, 1, 1], title
-            if len(records) == 1:  # more phases than a launch has, in only one of RAGGED
+            if len(records) == 1:  # else there are more phases than a launch has
                 traffic = traffic_of(kind, conv, ARITHMETICS[arithmetic], tile, splits)
                 assert moved(records[0]) == vars(traffic), title
 
@@ -265,8 +265,8 @@ def test_results_do_not_depend_on_the_order_of_blocks(
         for dtype in (torch.bfloat16, torch.float32):
             tensors = given(kind, conv, dtype)
             expected: Tensors | None = None
-            for seed, multiprocessors in enumerate((1, 3, 5, 132)):
-                emulated.configure(1000 * seed, multiprocessors)
+            for seed in range(8):
+                emulated.configure(1000 * seed, (1, 3, 5, 132)[seed % 4])
                 results = run(emulated, kind, conv, tensors, False, 1, splits)
                 expected = expected or results
                 assert all(torch.equal(results[n], expected[n]) for n in expected), seed
@@ -303,9 +303,7 @@ class Traffic:
 
 
 class Reached(NamedTuple):
-    """Over all images: pairs of an output pixel and a tap that finds an input pixel there, and the
-    pixels that have a part in any.
-    """
+    """Pairs of an output pixel and a tap that meets an input pixel, and the pixels in any pair."""
 
     pairs: int
     inputs: int
@@ -364,7 +362,7 @@ def add_split_sums(traffic: Traffic, blocks: int, tile: Tile, splits: int) -> No
 
 
 def add_forward_operands(traffic: Traffic, conv: Conv, arithmetic: Arithmetic, tile: Tile) -> None:
-    """X for every tile of columns, the weight for every tile of rows, in whole tiles of columns."""
+    """The source for every tile of columns; the weight for every tile of rows, in whole tiles."""
     size, chunk = arithmetic.dtype.itemsize, arithmetic.chunk
     groups, channels, kernels = Sides.of(conv)
     run = round_up(channels, chunk) * size
@@ -416,9 +414,7 @@ def forward_traffic(
 
 
 def add_vectors(traffic: Traffic, row_tiles: int, channels: int, tile: Tile, vectors: int) -> None:
-    """Read by every thread for its columns: 8 lanes of a warp, and all warps below each other, have
-    the same.
-    """
+    """Every thread reads those of its columns, which 8 lanes of each warp above others share."""
     once = vectors * channels * 4
     traffic.read(4, row_tiles * tile.warps_m * 8 * once, once)
 
@@ -474,8 +470,8 @@ def dgrad_traffic(
     add_split_sums(traffic, launched * column_tiles * groups, tile, splits)
     result = n * h * w * c * size
     width = 16 if channels % chunk == 0 else size
-    for _ in {"residual", "x"}.intersection(parts):
-        traffic.read(width, result, result)
+    alike = result * len({"residual", "x"}.intersection(parts))
+    traffic.read(width, alike, alike)
     if "mask" in parts:
         traffic.read(1, n * h * w * c, n * h * w * ceil_div(c, 8))
     add_vectors(traffic, launched, c, tile, len({"scale", "shift", "mean"}.intersection(parts)))

@@ -85,6 +85,7 @@ class Case(NamedTuple):
     kind: Kind
     conv: Conv
     splits: int = 1
+    offset: int = 0  # elements by which all tensors begin behind a vector's start
 
 
 # Rows and columns in two tiles of 64, the last steps of 32 channels in part.
@@ -109,6 +110,7 @@ CASES = {
     ),
     "odd channels": Case(Kind("conv_bn_relu", "residual"), Conv((1, 27, 3, 7), 41)),
     "depthwise": Case(Kind("conv_bn_relu", "residual"), Conv((1, 24, 5, 4), 24, groups=24)),
+    "forward between vectors": Case(Kind("conv_bn_relu", "residual"), POINTWISE, offset=1),
     "projection": Case(Kind("conv_projection_relu", "projection"), POINTWISE),
     "projection in splits": Case(Kind("conv_projection_relu", "projection"), POINTWISE, 3),
     "statistics": Case(Kind("conv_stats", "identity"), POINTWISE),
@@ -126,6 +128,7 @@ CASES = {
     "dgrad in two launches": Case(
         Kind("conv_dgrad", "relu and sums"), Conv((2, 40, 8, 7), 40, stride=(3, 2)), 2
     ),
+    "dgrad between vectors": Case(Kind("conv_dgrad", "batch norm"), POINTWISE, offset=1),
     "wgrad": Case(Kind("conv_wgrad", "identity"), POINTWISE),
     "wgrad in splits": Case(Kind("conv_wgrad", "identity"), POINTWISE, 3),
     "wgrad 3x3": Case(Kind("conv_wgrad", "prologue"), Conv((1, 40, 7, 9), 72)),
@@ -556,8 +559,23 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             "dgrad in two launches",
             "results",
         ),
+        "result's vectors at any address": Mutant(
+            "&& @addresses % kVectorBytes == 0@;", "true", "forward between vectors", "misaligned"
+        ),
         "result's vectors at any channel": Mutant(
             "return @columns % kChunk<T> == 0@ &&", "true", "odd channels", "misaligned"
+        ),
+    },
+    "conv_dgrad.cu": {
+        "prologue's tensors at any address": Mutant(
+            "fuses = fuses_batch_norm(conv, grouping) &&\n"
+            "              @(address(grad_y.const_data_ptr()) | address(y->const_data_ptr()) |\n"
+            "               address(coefficients->const_data_ptr())) %\n"
+            "                      kVectorBytes ==\n"
+            "                  0@;",
+            "true",
+            "dgrad between vectors",
+            "misaligned",
         ),
     },
     "conv_wgrad.cu": {
@@ -698,6 +716,18 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
         ),
     },
     "conv_operands.cu": {
+        "copies from any address": Mutant(
+            "const bool is_aligned = @address(t.const_data_ptr()) % kVectorBytes == 0@;",
+            "true",
+            "forward between vectors",
+            "misaligned",
+        ),
+        "weight at any address": Mutant(
+            "@address(weight.const_data_ptr()) % kVectorBytes == 0@ && !scale",
+            "true",
+            "forward between vectors",
+            "misaligned",
+        ),
         "pixels left of the image": Mutant(
             "const bool exists = @run_of_x >= 0@ &&", "true", "stem", "results"
         ),
@@ -794,16 +824,17 @@ def ops(broken: Any) -> Iterator[Any]:
     broken.make_mistake(0)
 
 
-def amid_nan(tensor: Tensor) -> Tensor:
+def amid_nan(tensor: Tensor, offset: int) -> Tensor:
     """The same with NaN, or all bits, around: where a mistake reads, there is something to see."""
     margin = 1 << 15
     nothing = float("nan") if tensor.is_floating_point() else 255
     storage = tensor.new_full((tensor.numel() + 2 * margin,), nothing)
-    return storage.as_strided(tensor.shape, tensor.stride(), margin).copy_(tensor)
+    return storage.as_strided(tensor.shape, tensor.stride(), margin + offset).copy_(tensor)
 
 
 def tensors_of(case: Case) -> Tensors:
-    return {name: amid_nan(t) for name, t in given(case.kind, case.conv, DTYPE).items()}
+    tensors = given(case.kind, case.conv, DTYPE)
+    return {name: amid_nan(t, case.offset) for name, t in tensors.items()}
 
 
 class Outcome(NamedTuple):
