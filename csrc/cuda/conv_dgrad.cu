@@ -24,6 +24,16 @@ const float* floats_or_null(const OptionalTensor& t) {
   return static_cast<const float*>(data_or_null(t));
 }
 
+// As bn_relu leaves it for an activation in channels_last.
+void check_mask(const char* op, const Tensor& mask, const Convolution& conv) {
+  const std::array<int64_t, 2> shape = {conv.n * conv.h * conv.w, ceil_div(conv.c, kMaskBits)};
+  RESNET_FUSED_CHECK(mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
+                         mask.sizes() == torch::headeronly::IntHeaderOnlyArrayRef(shape),
+                     op, ": mask must be contiguous, uint8 and of shape ", to_string(shape),
+                     ", got ", to_string(mask.sizes()), " of ",
+                     torch::headeronly::toString(mask.scalar_type()));
+}
+
 Result conv_dgrad_cuda(const Tensor& grad_y, const Tensor& weight, std::vector<int64_t> input_size,
                        const OptionalTensor& y, const OptionalTensor& coefficients,
                        const OptionalTensor& residual, const OptionalTensor& x,
@@ -46,7 +56,12 @@ Result conv_dgrad_cuda(const Tensor& grad_y, const Tensor& weight, std::vector<i
   for (const OptionalTensor& t : {scale, shift, mean}) {
     if (t) check_coefficients(op, "scale, shift and mean", *t, conv.c, grad_y);
   }
+  RESNET_FUSED_CHECK(scale.has_value() == shift.has_value(), op,
+                     ": scale and shift must be given together");
   RESNET_FUSED_CHECK(x || !(scale || mean), op, ": x must be given with scale and mean, got None");
+  RESNET_FUSED_CHECK(y.has_value() == coefficients.has_value(), op,
+                     ": y and coefficients must be given together");
+  if (mask) check_mask(op, *mask, conv);
   Tensor source = grad_y;
   Tensor grad_conv = allocate_vector(grad_y, 0, dtype_code(grad_y));
   Tensor sum_grad = allocate_vector(grad_y, 0, aoti_torch_dtype_float32());
