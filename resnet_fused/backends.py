@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused import _extension, native, onednn, reference, triton_kernels
+from resnet_fused import _extension, cuda_chains, native, onednn, reference, triton_kernels
 
 NAMES = ("reference", "cpu", "cuda", "triton", "cudnn")
 ENVIRONMENT_VARIABLE = "RESNET_FUSED_BACKEND"
@@ -61,6 +61,13 @@ def _convolution(operator: str, on_cpu: bool = False) -> dict[str, _Implementati
     return accelerated | _triton(operator, by_rule=False) | _reference(operator)
 
 
+def _chain(operator: str) -> dict[str, _Implementation]:
+    """No rule chooses them over single convolutions as long as nobody has timed them."""
+    resolve = functools.partial(cuda_chains.launcher, operator, native.operators)
+    by_cuda = _Implementation(resolve, native.unsupported_on_cuda, by_rule=False)
+    return {"cuda": by_cuda} | _reference(operator)
+
+
 # Per operator its implementations, in the order in which the static rule tries them.
 _IMPLEMENTATIONS: dict[str, dict[str, _Implementation]] = {
     "add_relu": _elementwise("add_relu"),
@@ -71,6 +78,10 @@ _IMPLEMENTATIONS: dict[str, dict[str, _Implementation]] = {
     "conv_bn_relu": _convolution("conv_bn_relu", on_cpu=True),
     "conv_bn_relu_": _convolution("conv_bn_relu_", on_cpu=True),
     "conv_bn_relu_backward": _convolution("conv_bn_relu_backward", on_cpu=True),
+    "conv_projection_relu": _chain("conv_projection_relu"),
+    "bottleneck_tail": _chain("bottleneck_tail"),
+    "bottleneck_roll": _chain("bottleneck_roll"),
+    "bottleneck_block": _chain("bottleneck_block"),
     "conv_stats": _convolution("conv_stats"),
     "conv_dgrad": _convolution("conv_dgrad"),
     "conv_wgrad": _convolution("conv_wgrad"),

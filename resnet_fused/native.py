@@ -16,8 +16,13 @@ def launcher(operator: str) -> Callable[..., Any]:
 
     Raises AttributeError where the extension is not loaded.
     """
-    overload: Callable[..., Any] = getattr(torch.ops.resnet_fused_native, operator).default
+    overload: Callable[..., Any] = getattr(operators(), operator).default
     return overload
+
+
+def operators() -> Any:
+    """The namespace of the extension's operators."""
+    return torch.ops.resnet_fused_native
 
 
 def unsupported_on_cpu(device_type: str, dtype: torch.dtype) -> str | None:

@@ -8,7 +8,7 @@ import emulation
 import torch
 from torch import Tensor
 
-from resnet_fused import backends, native
+from resnet_fused import backends, cuda_chains, native
 
 NAME = "emulated"
 
@@ -26,6 +26,8 @@ def install() -> None:
 
 
 def _resolve(operator: str) -> Callable[[], Callable[..., Any]]:
+    if operator in cuda_chains.OPERATORS:
+        return lambda: cuda_chains.launcher(operator, emulation.library)
     return lambda: getattr(emulation.library(), operator).default
 
 
