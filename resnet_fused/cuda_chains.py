@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ROLL_WIDTHS = (64, 128)  # in and between the blocks
 EXPANSION = 4  # of a Bottleneck: output channels per channel of its 3x3 convolution
 _DTYPES = (torch.bfloat16, torch.float16)
 _WIDEST_IMAGE = 126  # 128 columns with the padding
 _TAIL_WIDTHS = (64, 128, 256)
-_ROLL_WIDTHS = (64, 128)
 _BLOCK_WIDTHS = (64,)
 
 Layer = Sequence[Tensor]  # weight, and scale and shift of what it gives
@@ -45,7 +45,7 @@ def _bottleneck_roll(
 ) -> tuple[Tensor, Tensor]:
     second, third, next_first = layers[:3], layers[3:6], layers[6:]
     same_width = next_first[0].size(0) == y1.size(1)
-    if not (same_width and _has_instance(y1, _ROLL_WIDTHS, second, third)):
+    if not (same_width and _has_instance(y1, ROLL_WIDTHS, second, third)):
         y2 = _layer_by_layer(y1, second, padding=1)
         out = _layer_by_layer(y2, third, residual)
         return out, _layer_by_layer(out, next_first)
