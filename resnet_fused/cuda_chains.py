@@ -80,13 +80,16 @@ def _conv_projection_relu(
     )
 
 
+def has_tail(width: int, kernels: int, widths: Sequence[int] = _TAIL_WIDTHS) -> bool:
+    """Whether a kernel ends blocks of this width, of the 3x3 convolution, with so many channels."""
+    return width in widths and kernels == EXPANSION * width
+
+
 def _has_instance(x: Tensor, widths: tuple[int, ...], second: Layer, third: Layer) -> bool:
     """Whether there is a kernel for these layers and images like x."""
-    width = second[0].size(0)
     return (
         x.dtype in _DTYPES
-        and width in widths
-        and third[0].size(0) == EXPANSION * width
+        and has_tail(second[0].size(0), third[0].size(0), widths)
         and x.size(3) <= _WIDEST_IMAGE
     )
 

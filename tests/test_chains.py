@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import pickle
 import random
 from collections import Counter
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 import resnet_fused as rf
 from resnet_fused import backends, models, reference
 from resnet_fused._torchvision import import_torchvision
-from resnet_fused.conversion import fuse, unfuse
+from resnet_fused.conversion import explain, fuse, unfuse
 from resnet_fused.conversion.swap import Fused, FusedStage
 from resnet_fused.models.stages import run_stages
 from resnet_fused.nn import BasicBlock, Bottleneck, FrozenBatchNorm2d, chains
@@ -635,3 +636,85 @@ def test_stages_in_one_native_call_on_a_cpu(
         for _ in range(3):
             torch.testing.assert_close(fused(X), network(X), rtol=1e-4, atol=1e-4)
     assert calls == [3, 3]
+
+
+# What explain says of them
+
+TAIL_TEXT, ROLL_TEXT = "conv2+conv3+add", "conv2+conv3+add, conv1 of the next block"
+PROJECTION_TEXT = "conv3+downsample+add"
+# Of the widest blocks no kernel does more than one convolution.
+TEXTS = [
+    *("", PROJECTION_TEXT, ROLL_TEXT, TAIL_TEXT),
+    *(PROJECTION_TEXT, ROLL_TEXT, ROLL_TEXT, TAIL_TEXT),
+    *(PROJECTION_TEXT, TAIL_TEXT, TAIL_TEXT, TAIL_TEXT, TAIL_TEXT, TAIL_TEXT),
+    *(PROJECTION_TEXT, "", ""),
+]
+
+
+def texts(model: nn.Module) -> list[str]:
+    return [row.chain for row in explain(model).rows]
+
+
+def test_explain_names_the_chains(torchvision: ModuleType, timm: ModuleType) -> None:
+    with torch.device("meta"):
+        own, theirs = models.resnet50(), torchvision.models.resnet50()
+        stages_alone = timm.create_model("resnet50")
+    assert texts(own) == texts(theirs) == texts(fuse(theirs)) == TEXTS
+    assert texts(stages_alone) == texts(fuse(stages_alone)) == TEXTS[1:]
+    lines = str(explain(own)).splitlines()
+    assert lines[0].split() == ["path", "class", "state", "chain", "reason"]
+    assert lines[4].endswith(f"fused  {ROLL_TEXT}")
+    assert lines[-1].endswith("in bfloat16 and float16; no rule chooses them.")
+    assert json.loads(json.dumps(explain(own).to_dict()))["rows"][2]["chain"] == ROLL_TEXT
+
+
+def test_explain_counts_bytes_in_chains(network: nn.Module) -> None:
+    """Of a block that rolls only y1, its input and its output travel; the next starts from y1."""
+    explanation = explain(network, torch.empty(3, 256, 6, 5, dtype=torch.float16))
+    pixels = 6 * 5
+    x, y = 256 * pixels, 64 * pixels
+    fused = (x + y) + 2 * y + (y + x) + x
+    ends = y + x + x  # y1 and the shortcut are read, the output is written
+    assert [row.bytes_after for row in explanation.rows] == [2 * fused] * 3
+    chained = [row.bytes_chained for row in explanation.rows]
+    assert chained == [2 * (x + y + ends), 2 * (y + ends), 2 * (y + ends)]
+    assert f"{sum(chained) / 1e6:.2f} MB chained. Chains run" in explanation.summary
+    assert "MB chained" in str(explanation).splitlines()[0]
+
+
+def test_explain_counts_bytes_of_projections(torchvision: ModuleType) -> None:
+    """The shortcut is neither written nor read."""
+    make, projection = torchvision.models.resnet.Bottleneck, nn.Conv2d(64, 256, 1, 2)
+    block = make(64, 64, 2, nn.Sequential(projection, nn.BatchNorm2d(256)))
+    (row,) = explain(block, torch.empty(1, 64, 6, 8)).rows
+    assert row.chain == PROJECTION_TEXT
+    x, y1, y2, out = 64 * 48, 64 * 48, 64 * 12, 256 * 12
+    assert row.bytes_after == 4 * (x + y1 + y1 + y2 + y2 + x + out + 2 * out)
+    assert row.bytes_chained == 4 * (x + y1 + y1 + y2 + y2 + x + out)
+
+
+def test_explain_says_what_ends_a_chain(network: nn.Module) -> None:
+    assert texts(network) == texts(fuse(network)) == [ROLL_TEXT, ROLL_TEXT, TAIL_TEXT]
+    for model in (network, fuse(network)):
+        handle = model.body[1].register_forward_hook(lambda *_: None)
+        assert texts(model) == [TAIL_TEXT, TAIL_TEXT, TAIL_TEXT]
+        handle.remove()
+    alone = nn.Sequential(network.body[0], nn.ReLU())
+    assert texts(alone) == texts(fuse(alone)) == [TAIL_TEXT]
+
+
+@pytest.mark.parametrize("name", ["wide_resnet50_2", "resnext50_32x4d"])
+def test_explain_tells_of_kernels_alone(name: str) -> None:
+    """What has none runs layer by layer, though by the same operators."""
+    with torch.device("meta"):
+        model = getattr(models, name)()
+    assert Counter(texts(model)) == {"": 13, PROJECTION_TEXT: 4}
+
+
+def test_explain_without_chains() -> None:
+    explanation = explain(models.resnet18(), torch.empty(1, 3, 64, 64))
+    assert not any(row.chain for row in explanation.rows)
+    assert [row.bytes_chained for row in explanation.rows] == [
+        row.bytes_after for row in explanation.rows
+    ]
+    assert "chain" not in str(explanation)

@@ -8,14 +8,9 @@ from typing import TypeVar
 from torch import nn
 
 from resnet_fused.conversion.clone import clone_modules
+from resnet_fused.conversion.links import stages
 from resnet_fused.conversion.survey import survey
-from resnet_fused.conversion.swap import (
-    FusedBlock,
-    FusedNetwork,
-    swap_in,
-    swap_in_stage,
-    swap_out,
-)
+from resnet_fused.conversion.swap import swap_in, swap_in_stage, swap_out
 
 _log = logging.getLogger("resnet_fused")
 
@@ -43,7 +38,7 @@ def fuse(model: Model, inplace: bool = False) -> Model:
     for finding in findings:
         if finding.roles is not None and not finding.fused:
             swap_in(finding.module, finding.roles)
-    for stage in _stages(model):
+    for stage in stages(model, findings):
         swap_in_stage(stage)
     done = sum(finding.roles is not None for finding in findings)
     _log.info("fused %d of %d candidates in %s", done, len(findings), type(model).__name__)
@@ -70,23 +65,6 @@ def restore_classes(model: Model) -> Model:
     for module in model.modules():
         swap_out(module)
     return model
-
-
-def _stages(model: nn.Module) -> list[nn.Sequential]:
-    """Sequences with neighbours to fuse over, where no converted network calls them already."""
-    called = {
-        id(child)
-        for module in model.modules()
-        if isinstance(module, FusedNetwork)
-        for child in module.children()
-    }
-    return [
-        module
-        for module in model.modules()
-        if type(module) is nn.Sequential
-        and id(module) not in called
-        and sum(isinstance(block, FusedBlock) for block in module) > 1
-    ]
 
 
 def _prepare(model: Model, function: str, inplace: bool) -> Model:
