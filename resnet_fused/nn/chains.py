@@ -29,7 +29,7 @@ from resnet_fused.ops.bottleneck_tail import bottleneck_tail
 from resnet_fused.ops.conv_bn_relu import conv_bn_relu
 from resnet_fused.ops.conv_projection_relu import conv_projection_relu
 
-OPERATORS = ("conv_bn_relu", "bottleneck_tail", "bottleneck_roll", "conv_projection_relu")
+OPERATORS = ("bottleneck_tail", "bottleneck_roll", "conv_projection_relu", "conv_bn_relu")
 
 
 class Layers(NamedTuple):
@@ -54,8 +54,7 @@ def applies(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and type(x) is Tensor
         and x.dim() == 4
-        and all(backends.is_implemented(name) for name in OPERATORS)
-        and all(backends.is_accelerated(name, x) for name in OPERATORS)
+        and all(backends.is_implemented(n) and backends.is_accelerated(n, x) for n in OPERATORS)
         and calls_are_plain()
     )
 
