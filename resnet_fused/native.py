@@ -16,12 +16,12 @@ def launcher(operator: str) -> Callable[..., Any]:
 
     Raises AttributeError where the extension is not loaded.
     """
-    overload: Callable[..., Any] = getattr(operators(), operator).default
+    overload: Callable[..., Any] = getattr(torch.ops.resnet_fused_native, operator).default
     return overload
 
 
 def operators() -> Any:
-    """The namespace of the extension's operators."""
+    """The extension's operators."""
     return torch.ops.resnet_fused_native
 
 
