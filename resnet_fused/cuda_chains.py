@@ -19,6 +19,9 @@ _WIDEST_IMAGE = 126  # 128 columns with the padding
 _TAIL_WIDTHS = (64, 128, 256)
 _BLOCK_WIDTHS = (64,)
 
+# Which tile a kernel takes, and into how many parts it divides its sum: chosen by the kernel.
+_CHOSEN = (-1, 0)
+
 Layer = Sequence[Tensor]  # weight, and scale and shift of what it gives
 
 
@@ -73,10 +76,10 @@ def _conv_projection_relu(
     projection_shift: Tensor,
     stride: Sequence[int],
 ) -> Tensor:
-    projection = projection_weight, projection_scale, projection_shift
     return kernel(
-        *(_native(y), *_arguments(y, (weight, scale, shift))),
-        *(_native(x), *_arguments(x, projection), stride),
+        *(_native(y), weight, vector(scale), vector(shift)),
+        *(_native(x), projection_weight, vector(projection_scale), vector(projection_shift)),
+        *(stride, uses_tf32(y), *_CHOSEN),
     )
 
 
@@ -99,8 +102,19 @@ def _arguments(x: Tensor, *layers: Layer) -> list[Tensor]:
     return [
         tensor
         for weight, scale, shift in layers
-        for tensor in (weight.to(x.dtype), scale.float(), shift.float())
+        for tensor in (weight.to(x.dtype), vector(scale), vector(shift))
     ]
+
+
+def vector(values: Tensor) -> Tensor:
+    """Per-channel values as the kernels read them."""
+    return values.to(torch.float32).contiguous()
+
+
+def uses_tf32(x: Tensor) -> bool:
+    """Whether float32 products have TF32's precision: PyTorch's setting for convolutions."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return x.is_cuda and x.dtype == torch.float32 and convolutions.fp32_precision == "tf32"
 
 
 def _native(x: Tensor) -> Tensor:
