@@ -40,7 +40,7 @@ def _bottleneck_tail(
     if not _has_instance(y1, _TAIL_WIDTHS, second, third):
         y2 = _layer_by_layer(y1, second, padding=1)
         return _layer_by_layer(y2, third, residual)
-    return kernel(_native(y1), _native(residual), *_arguments(y1, second, third))
+    return kernel(_aligned(y1), _aligned(residual), *_arguments(y1, second, third))
 
 
 def _bottleneck_roll(
@@ -52,7 +52,7 @@ def _bottleneck_roll(
         y2 = _layer_by_layer(y1, second, padding=1)
         out = _layer_by_layer(y2, third, residual)
         return out, _layer_by_layer(out, next_first)
-    return kernel(_native(y1), _native(residual), *_arguments(y1, second, third, next_first))
+    return kernel(_aligned(y1), _aligned(residual), *_arguments(y1, second, third, next_first))
 
 
 def _bottleneck_block(kernel: Callable[..., Tensor], x: Tensor, *layers: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def _bottleneck_block(kernel: Callable[..., Tensor], x: Tensor, *layers: Tensor)
         y1 = _layer_by_layer(x, first)
         y2 = _layer_by_layer(y1, second, padding=1)
         return _layer_by_layer(y2, third, x)
-    return kernel(_native(x), *_arguments(x, first, second, third))
+    return kernel(_aligned(x), *_arguments(x, first, second, third))
 
 
 def _conv_projection_relu(
@@ -115,6 +115,12 @@ def uses_tf32(x: Tensor) -> bool:
     """Whether float32 products have TF32's precision: PyTorch's setting for convolutions."""
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return x.is_cuda and x.dtype == torch.float32 and convolutions.fp32_precision == "tf32"
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Kernels that hold rows in shared memory copy 16 bytes at a time."""
+    x = _native(x)
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.channels_last)
 
 
 def _native(x: Tensor) -> Tensor:

@@ -65,11 +65,12 @@ def apart(values: Tensor) -> Tensor:
     return torch.stack((values, torch.full_like(values, float("nan"))), -1)[..., 0]
 
 
+@pytest.mark.parametrize("layout", ["nchw", "misaligned"])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("name", "width"), INSTANCES)
-def test_what_a_kernel_gets(name: str, width: int, dtype: torch.dtype) -> None:
+def test_what_a_kernel_gets(name: str, width: int, dtype: torch.dtype, layout: str) -> None:
     kernel = Kernel(name)
-    given = arguments_of(name, Case("reference", (2, width, 2, 3), dtype, "nchw"))
+    given = arguments_of(name, Case("reference", (2, width, 2, 3), dtype, layout))
     expected = getattr(reference, name)(*given)
     is_activation = [isinstance(a, Tensor) and a.dim() == 4 and a.size(0) == 2 for a in given]
     wide = [apart(a.double()) if isinstance(a, Tensor) else a for a in given]
@@ -87,6 +88,7 @@ def test_what_a_kernel_gets(name: str, width: int, dtype: torch.dtype) -> None:
         elif x or name.startswith("bottleneck"):
             assert argument.dtype == dtype
             assert not x or argument.is_contiguous(memory_format=torch.channels_last)
+            assert not x or "projection" in name or argument.data_ptr() % 16 == 0
     assert_close(actual, expected)
 
 
