@@ -110,10 +110,11 @@ def assert_takes_wider_weights(backend: str, dtype: torch.dtype, subject: Subjec
     wide = {name: t.to(dtype) if "weight" in name else t for name, t in tensors.items()}
     with rf.backend(backend), torch.no_grad():
         actual = subject.outputs_of(subject.function, list(wide.values()))
-    expected = subject.outputs_of(subject.eager, list(tensors.values()))
+    plain = subject.outputs_of(subject.eager, list(tensors.values()))
+    exact = subject.outputs_of(subject.eager, [t.double() for t in tensors.values()])
     for name, out in actual.items():
         assert out.dtype == torch.bfloat16
-        torch.testing.assert_close(out, expected[name], rtol=2e-2, atol=5e-2)
+        assert_as_accurate_as_eager(out, plain[name], exact[name], name)
 
 
 def assert_empty_batch_is_empty(backend: str, subject: Subject) -> None:
