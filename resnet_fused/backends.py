@@ -16,6 +16,7 @@ from torch import Tensor
 
 from resnet_fused import (
     _extension,
+    cuda_chains,
     cuda_convolutions,
     native,
     onednn,
@@ -52,8 +53,9 @@ def _triton(operator: str, by_rule: bool = True) -> dict[str, _Implementation]:
     return {"triton": _Implementation(resolve, triton_kernels.unsupported, by_rule)}
 
 
-def _cuda_convolution(operator: str) -> dict[str, _Implementation]:
-    resolve = functools.partial(cuda_convolutions.launcher, operator, native.operators)
+def _cuda_when_asked(operator: str, module: Any) -> dict[str, _Implementation]:
+    """Kernels whose launchers have a Python half, in `module`; no rule chooses them untimed."""
+    resolve = functools.partial(module.launcher, operator, native.operators)
     return {"cuda": _Implementation(resolve, native.unsupported_on_cuda, by_rule=False)}
 
 
@@ -72,10 +74,14 @@ def _convolution(operator: str, on_cpu: bool = False) -> dict[str, _Implementati
     accelerated = _onednn(operator) if on_cpu else {}
     return (
         accelerated
-        | _cuda_convolution(operator)
+        | _cuda_when_asked(operator, cuda_convolutions)
         | _triton(operator, by_rule=False)
         | _reference(operator)
     )
+
+
+def _chain(operator: str) -> dict[str, _Implementation]:
+    return _cuda_when_asked(operator, cuda_chains) | _reference(operator)
 
 
 # Per operator its implementations, in the order in which the static rule tries them.
@@ -88,6 +94,10 @@ _IMPLEMENTATIONS: dict[str, dict[str, _Implementation]] = {
     "conv_bn_relu": _convolution("conv_bn_relu", on_cpu=True),
     "conv_bn_relu_": _convolution("conv_bn_relu_", on_cpu=True),
     "conv_bn_relu_backward": _convolution("conv_bn_relu_backward", on_cpu=True),
+    "conv_projection_relu": _chain("conv_projection_relu"),
+    "bottleneck_tail": _chain("bottleneck_tail"),
+    "bottleneck_roll": _chain("bottleneck_roll"),
+    "bottleneck_block": _chain("bottleneck_block"),
     "conv_stats": _convolution("conv_stats"),
     "conv_dgrad": _convolution("conv_dgrad"),
     "conv_wgrad": _convolution("conv_wgrad"),

@@ -14,7 +14,7 @@ from resnet_fused.layout import to_format
 
 _CHANNELS_LAST = torch.channels_last
 # Which tile a kernel takes, and into how many parts it divides its sum: chosen by the kernel.
-_CHOSEN = (-1, 0)
+CHOSEN = (-1, 0)
 
 Operators = Callable[[], Any]
 
@@ -36,7 +36,7 @@ def _conv_bn_relu(
 ) -> Tensor:
     out: Tensor = ops.conv_bn_relu(
         *(x.contiguous(memory_format=_CHANNELS_LAST), weight, vector(scale), vector(shift)),
-        *(to_format(residual, _CHANNELS_LAST), relu, flat(geometry), uses_tf32(x), *_CHOSEN),
+        *(to_format(residual, _CHANNELS_LAST), relu, flat(geometry), uses_tf32(x), *CHOSEN),
     )
     return out
 
@@ -57,7 +57,7 @@ def _conv_bn_relu_(
         return
     ops.conv_bn_relu_(
         *(x.contiguous(memory_format=_CHANNELS_LAST), weight, vector(scale), vector(shift)),
-        *(residual, relu, flat(geometry), uses_tf32(x), *_CHOSEN),
+        *(residual, relu, flat(geometry), uses_tf32(x), *CHOSEN),
     )
 
 
@@ -108,7 +108,7 @@ def _conv_stats(
         return y, zero, zero.clone()
     results: tuple[Tensor, Tensor, Tensor] = ops.conv_stats(
         *(x.contiguous(memory_format=_CHANNELS_LAST), weight, _optional(scale), _optional(shift)),
-        *(flat(geometry), uses_tf32(x), *_CHOSEN),
+        *(flat(geometry), uses_tf32(x), *CHOSEN),
     )
     return results
 
@@ -145,7 +145,7 @@ def _scaled_dgrad(
         *(to_format(y, _CHANNELS_LAST), _optional(coefficients)),
         *(to_format(residual, _CHANNELS_LAST), to_format(x, _CHANNELS_LAST)),
         *(_optional(scale), _optional(shift), mask, _optional(mean), output_scale),
-        *(flat(geometry), uses_tf32(grad_y), *_CHOSEN),
+        *(flat(geometry), uses_tf32(grad_y), *CHOSEN),
     )
     return results
 
@@ -171,7 +171,7 @@ def _scaled_wgrad(
         grad_y.contiguous(memory_format=_CHANNELS_LAST),
         x.contiguous(memory_format=_CHANNELS_LAST),
         *(weight, _optional(scale), _optional(shift), output_scale),
-        *(flat(geometry), uses_tf32(x), *_CHOSEN),
+        *(flat(geometry), uses_tf32(x), *CHOSEN),
     )
     return grad_weight
 

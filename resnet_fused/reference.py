@@ -201,6 +201,71 @@ def conv_bn_relu_backward(
     return grad_x, grad_weight, grad_shift, grad_residual
 
 
+def bottleneck_tail(
+    y1: Tensor,
+    residual: Tensor,
+    weight2: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    weight3: Tensor,
+    scale3: Tensor,
+    shift3: Tensor,
+) -> Tensor:
+    y2 = _relu_of_convolution(y1, weight2, scale2, shift2)
+    return _relu_of_convolution(y2, weight3, scale3, shift3, residual)
+
+
+def bottleneck_roll(
+    y1: Tensor,
+    residual: Tensor,
+    weight2: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    weight3: Tensor,
+    scale3: Tensor,
+    shift3: Tensor,
+    next_weight1: Tensor,
+    next_scale1: Tensor,
+    next_shift1: Tensor,
+) -> tuple[Tensor, Tensor]:
+    out = bottleneck_tail(y1, residual, weight2, scale2, shift2, weight3, scale3, shift3)
+    return out, _relu_of_convolution(out, next_weight1, next_scale1, next_shift1)
+
+
+def bottleneck_block(
+    x: Tensor,
+    weight1: Tensor,
+    scale1: Tensor,
+    shift1: Tensor,
+    weight2: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    weight3: Tensor,
+    scale3: Tensor,
+    shift3: Tensor,
+) -> Tensor:
+    y1 = _relu_of_convolution(x, weight1, scale1, shift1)
+    return bottleneck_tail(y1, x, weight2, scale2, shift2, weight3, scale3, shift3)
+
+
+def conv_projection_relu(
+    y: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    x: Tensor,
+    projection_weight: Tensor,
+    projection_scale: Tensor,
+    projection_shift: Tensor,
+    stride: Sequence[int],
+) -> Tensor:
+    main = _scale_shift(F.conv2d(y, weight.to(y.dtype)), scale, shift)
+    projection = F.conv2d(x, projection_weight.to(x.dtype), None, stride)
+    projection = _scale_shift(projection, projection_scale, projection_shift)
+    out = torch.relu(main + projection).to(y.dtype)
+    return out.contiguous(memory_format=memory_format(y))
+
+
 def conv_stats(
     x: Tensor,
     weight: Tensor,
@@ -368,6 +433,14 @@ def _unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 def _bit_positions(x: Tensor) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=x.device)
+
+
+def _relu_of_convolution(
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """conv_bn_relu with a stride of 1, for a kernel of 1x1 or 3x3 that keeps the image size."""
+    padding = (weight.size(2) // 2, weight.size(3) // 2)
+    return conv_bn_relu(x, weight, scale, shift, residual, True, (1, 1), padding, (1, 1), groups=1)
 
 
 def _scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """One more backend for the tests: the CUDA kernels, run on CPU tensors by csrc/emulator."""
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ import emulation
 import torch
 from torch import Tensor
 
-from resnet_fused import backends, cuda_convolutions, native
+from resnet_fused import backends, cuda_chains, cuda_convolutions, native
 
 NAME = "emulated"
 
@@ -26,8 +27,9 @@ def install() -> None:
 
 
 def _resolve(operator: str) -> Callable[[], Callable[..., Any]]:
-    if operator in cuda_convolutions.OPERATORS:
-        return lambda: cuda_convolutions.launcher(operator, emulation.library)
+    for module in (cuda_convolutions, cuda_chains):
+        if operator in module.OPERATORS:
+            return functools.partial(module.launcher, operator, emulation.library)
     return lambda: getattr(emulation.library(), operator).default
 
 

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 import resnet_fused as rf
-from resnet_fused import _extension, backends, native, onednn, reference, triton_kernels
+from resnet_fused import (
+    _extension,
+    backends,
+    cuda_chains,
+    native,
+    onednn,
+    reference,
+    triton_kernels,
+)
 
 PACKAGE = Path(rf.__file__).parent
 X = torch.ones(1, 2, 3, 3)
@@ -49,7 +57,8 @@ needs_extension = pytest.mark.skipif(
 )
 
 
-ON_GPUS = ("conv_stats", "conv_dgrad", "conv_wgrad")  # faster than plain PyTorch there only
+# Faster than plain PyTorch there only.
+ON_GPUS = ("conv_stats", "conv_dgrad", "conv_wgrad", *cuda_chains.OPERATORS)
 
 
 @needs_extension
@@ -257,6 +266,22 @@ def test_triton_convolutions_run_when_asked_for(monkeypatch: pytest.MonkeyPatch)
     assert backends.available("bn_relu", "cuda")[-2:] == ["triton", "reference"]
     assert backends.available("conv_bn_relu", "cuda") == ["reference", "triton"]
     assert "triton" not in backends.available("conv_bn_relu", "cuda", torch.float64)
+
+
+@pytest.mark.parametrize("operator", cuda_chains.OPERATORS)
+def test_chains_run_when_asked_for(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rule chooses them before they have been timed."""
+    monkeypatch.setattr(native, "unsupported_on_cuda", lambda device_type, dtype: None)
+    monkeypatch.setitem(backends._IMPLEMENTATIONS, operator, backends._chain(operator))
+    assert backends.available(operator, "cuda") == ["reference", "cuda"]
+    x = torch.empty(0, device="meta")
+    assert backends.is_implemented(operator)
+    assert not backends.is_accelerated(operator, x)
+    with rf.backend("cuda"):
+        assert backends.is_implemented(operator)
+        assert backends.is_accelerated(operator, x)
+    with rf.backend("cpu"):
+        assert not backends.is_implemented(operator)
 
 
 def test_importing_the_library_does_not_import_triton() -> None:

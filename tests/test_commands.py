@@ -1,6 +1,7 @@
 """The command line: what it prints, what it refuses, and that its verdicts can be negative."""
 
 import contextlib
+import copy
 import importlib
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +21,8 @@ import resnet_fused
 from resnet_fused import _extension, backends, models, native
 from resnet_fused.__main__ import main
 from resnet_fused.commands import baselines, console, digits, doctor, networks, numerics, verify
-from resnet_fused.commands.cases import cases, layer_shapes, run_case
+from resnet_fused.commands.cases import Case, cases, layer_shapes, run_case
+from resnet_fused.commands.chain_cases import blocks, chain_cases
 from resnet_fused.commands.memory import saved_bytes
 from resnet_fused.commands.timing import interleave
 
@@ -253,8 +256,8 @@ def test_doctor_finds_that_the_kernels_are_for_other_gpus() -> None:
 
 @pytest.mark.skipif(not _extension.built_with_cuda(), reason="built without CUDA")
 def test_cuda_kernels_that_were_built() -> None:
-    native_operators = [name for name in backends.OPERATORS if not name.startswith("conv")]
-    assert [name for name in backends.OPERATORS if native.has_cuda_kernel(name)] == native_operators
+    built = [name for name in backends.OPERATORS if native.has_cuda_kernel(name)]
+    assert built == [name for name in backends.OPERATORS if backends.has("cuda", name)]
 
 
 def test_doctor_survives_a_broken_probe(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,6 +306,28 @@ def test_verify_refuses(
     arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in refusal(capsys, "verify", *arguments)
+
+
+BOTTLENECKS = {
+    "bottleneck_tail": 4, "bottleneck_roll": 8, "bottleneck_block": 4, "conv_projection_relu": 4
+}  # fmt: skip
+
+
+def chains_of_resnet50() -> list[Case]:
+    images = torch.empty(1, 3, 64, 64, device="meta")
+    found = blocks(copy.deepcopy(networks.build_pair("resnet50").eager).to("meta"), images)
+    return list(chain_cases(found, torch.float32, torch.device("cpu")))
+
+
+def test_verify_takes_the_blocks_of_bottlenecks() -> None:
+    found = chains_of_resnet50()
+    assert Counter(case.operator for case in found) == BOTTLENECKS
+    for case in found:
+        assert all(c.passed for c in run_case(case, torch.float32)), case.label
+        wrong = case._replace(fused=lambda *tensors, fused=case.fused: fused(*tensors) * (1 + 1e-4))
+        assert not any(c.passed for c in run_case(wrong, torch.float32))
+    with resnet_fused.backend("cpu"):
+        assert chains_of_resnet50() == []
 
 
 def test_verify_fails_on_a_wrong_operator(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import resnet_fused
 from resnet_fused.commands import environment, networks, numerics
 from resnet_fused.commands.cases import cases, layer_shapes, run_case
+from resnet_fused.commands.chain_cases import blocks, chain_cases
 from resnet_fused.commands.console import CommandError, progress, table
 from resnet_fused.commands.numerics import Check, Subject, check, check_norm
 
@@ -101,7 +102,8 @@ def certify(
     if operators:
         shapes = layer_shapes(eager, images)
         title = f"{name} {numerics.short_name(dtype)}: operators"
-        for case in progress(list(cases(shapes, dtype, device)), title):
+        chained = chain_cases(blocks(eager, images), dtype, device)
+        for case in progress([*cases(shapes, dtype, device), *chained], title):
             checks += run_case(case, dtype)
     checks += check_inference(name, eager, fused, images, dtype)
     checks += check_training_step(name, eager, fused, images, dtype)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from resnet_fused.conversion.links import Link, links
 from resnet_fused.conversion.survey import Finding, survey
 from resnet_fused.conversion.swap import plan_of
 from resnet_fused.conversion.traffic import Traffic, inference_traffic
@@ -17,8 +18,10 @@ class Row:
     """One residual block, or the stem of a network.
 
     path: its name in the model ("" for the model itself). fused: whether it runs fused as it
-    stands. reason: why it is left alone, else "". bytes_*: activation bytes per image of one
-    inference, unfused and fused; None where they were not asked for or are not known.
+    stands. reason: why it is left alone, else "". chain: the layers of the block, and of the next
+    one, that the cuda backend runs at once, else "". bytes_*: activation bytes per image of one
+    inference, unfused, fused, and fused with chains; None where they were not asked for or are not
+    known.
     """
 
     path: str
@@ -28,6 +31,8 @@ class Row:
     reason: str
     bytes_before: int | None = None
     bytes_after: int | None = None
+    chain: str = ""
+    bytes_chained: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,22 @@ class Explanation:
             after = sum(row.bytes_after or 0 for row in known)
             text += (
                 f" Activations moved per image, inference: {_megabytes(before)} MB unfused, "
-                f"{_megabytes(after)} MB fused."
+                f"{_megabytes(after)} MB fused"
+            )
+            if self._has_chains:
+                chained = sum(row.bytes_chained or 0 for row in known)
+                text += f", {_megabytes(chained)} MB chained"
+            text += "."
+        if self._has_chains:
+            text += (
+                ' Chains run in inference where resnet_fused.backend("cuda") asks for them, in '
+                "bfloat16 and float16; no rule chooses them."
             )
         return text
+
+    @property
+    def _has_chains(self) -> bool:
+        return any(row.chain for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data, ready for JSON."""
@@ -63,15 +81,23 @@ class Explanation:
         return {"model": self.model, "summary": self.summary, "rows": rows}
 
     def __str__(self) -> str:
-        header = ["path", "class", "state", "reason"]
-        lines = [
-            [row.path or "(model)", row.class_name, row.state, row.reason] for row in self.rows
-        ]
+        if not self.rows:
+            return self.summary
+        columns = {
+            "path": [row.path or "(model)" for row in self.rows],
+            "class": [row.class_name for row in self.rows],
+            "state": [row.state for row in self.rows],
+        }
         if any(row.bytes_before is not None for row in self.rows):
-            header[3:3] = ["MB unfused", "MB fused"]
-            for line, row in zip(lines, self.rows, strict=True):
-                line[3:3] = [_megabytes(row.bytes_before), _megabytes(row.bytes_after)]
-        return "\n".join([*_table([header, *lines]), self.summary] if lines else [self.summary])
+            columns["MB unfused"] = [_megabytes(row.bytes_before) for row in self.rows]
+            columns["MB fused"] = [_megabytes(row.bytes_after) for row in self.rows]
+            if self._has_chains:
+                columns["MB chained"] = [_megabytes(row.bytes_chained) for row in self.rows]
+        if self._has_chains:
+            columns["chain"] = [row.chain for row in self.rows]
+        columns["reason"] = [row.reason for row in self.rows]
+        lines = [list(line) for line in zip(*columns.values(), strict=True)]
+        return "\n".join([*_table([[*columns], *lines]), self.summary])
 
 
 def explain(model: nn.Module, example_input: Tensor | None = None) -> Explanation:
@@ -84,15 +110,16 @@ def explain(model: nn.Module, example_input: Tensor | None = None) -> Explanatio
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain: model must be a torch.nn.Module, got {type(model).__name__}")
     findings = survey(model)
+    chained = links(model, findings)
     traffic: dict[str, Traffic] = {}
     if example_input is not None:
         places = {f.path: f.roles for f in findings if f.roles is not None}
-        traffic = inference_traffic(model, places, example_input)
-    rows = tuple(_row(finding, traffic.get(finding.path)) for finding in findings)
+        traffic = inference_traffic(model, places, chained, example_input)
+    rows = tuple(_row(f, chained.get(f.path), traffic.get(f.path)) for f in findings)
     return Explanation(_class_name(model), rows)
 
 
-def _row(finding: Finding, traffic: Traffic | None) -> Row:
+def _row(finding: Finding, link: Link | None, traffic: Traffic | None) -> Row:
     state: State = "left alone"
     if finding.fused:
         state = "fused"
@@ -106,6 +133,8 @@ def _row(finding: Finding, traffic: Traffic | None) -> Row:
         reason=finding.reason,
         bytes_before=traffic.before if traffic else None,
         bytes_after=traffic.after if traffic else None,
+        chain=link.text if link else "",
+        bytes_chained=traffic.chained if traffic else None,
     )
 
 

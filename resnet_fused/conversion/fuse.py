@@ -8,8 +8,9 @@ from typing import TypeVar
 from torch import nn
 
 from resnet_fused.conversion.clone import clone_modules
+from resnet_fused.conversion.links import stages
 from resnet_fused.conversion.survey import survey
-from resnet_fused.conversion.swap import swap_in, swap_out
+from resnet_fused.conversion.swap import swap_in, swap_in_stage, swap_out
 
 _log = logging.getLogger("resnet_fused")
 
@@ -37,6 +38,8 @@ def fuse(model: Model, inplace: bool = False) -> Model:
     for finding in findings:
         if finding.roles is not None and not finding.fused:
             swap_in(finding.module, finding.roles)
+    for stage in stages(model, findings):
+        swap_in_stage(stage)
     done = sum(finding.roles is not None for finding in findings)
     _log.info("fused %d of %d candidates in %s", done, len(findings), type(model).__name__)
     if not done:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 class Roles(NamedTuple):
     """The parts of a proven module. Every name is that of a direct child.
 
-    pattern: "BasicBlock", "Bottleneck" or "ResNet" (the stem and the order of the stages).
+    pattern: "BasicBlock", "Bottleneck", "ResNet" (the stem and the order of the stages), or
+    "Sequential" (a sequence of blocks, where no child has a part of its own).
     convs, norms: in data-flow order. bypassed: ReLU and Identity children, no longer called.
     shortcut: the child that the input goes through before the add; None if it is added as is.
     """

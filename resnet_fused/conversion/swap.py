@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from resnet_fused.conversion.roles import Roles
 from resnet_fused.models import ResNet
-from resnet_fused.models.stages import planned_forwards
-from resnet_fused.nn import BasicBlock, Bottleneck, inference_plan
+from resnet_fused.models.stages import planned_forwards, run_blocks, stage_forwards
+from resnet_fused.nn import BasicBlock, Bottleneck, chains, inference_plan
 from resnet_fused.nn.blocks import residual_forward
 from resnet_fused.nn.pairs import has_hooks
 
@@ -62,16 +62,29 @@ class FusedBlock(Fused):
         return super().forward(*args, **kwargs)
 
     def _forward_fused(self, x: Tensor) -> Tensor | None:
-        roles = type(self).plan.roles
-        pairs = [
-            (getattr(self, conv), getattr(self, norm))
-            for conv, norm in zip(roles.convs, roles.norms, strict=True)
-        ]
-        shortcut = None if roles.shortcut is None else getattr(self, roles.shortcut)
-        return residual_forward(x, pairs, shortcut, owner=self)
+        return residual_forward(x, *parts_of(self, type(self).plan.roles), owner=self)
+
+
+def _parts(block: FusedBlock) -> chains.Parts | None:
+    return parts_of(block, type(block).plan.roles) if block._is_as_proven() else None
 
 
 planned_forwards.add(FusedBlock.forward)
+chains.readers[FusedBlock.forward] = _parts
+
+
+class FusedStage(Fused):
+    """The forward of a Sequential of converted blocks."""
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            out = run_blocks(args[0], [*self._modules.values()])  # type: ignore[list-item]
+            if out is not None:
+                return out
+        return super().forward(*args, **kwargs)
+
+
+stage_forwards.add(FusedStage.forward)
 
 
 class FusedNetwork(Fused):
@@ -96,6 +109,12 @@ def swap_in(module: nn.Module, roles: Roles) -> None:
     module.__class__ = _fused_class(Plan(type(module), roles, children))
 
 
+def swap_in_stage(stage: nn.Module) -> None:
+    """Give a Sequential of blocks, not an instance of a subclass, the forward of a fused stage."""
+    nothing = Roles("Sequential", convs=(), norms=(), bypassed=(), shortcut=None)
+    stage.__class__ = _fused_class(Plan(nn.Sequential, nothing, children=()))
+
+
 def swap_out(module: nn.Module) -> None:
     """Give the module its original class back."""
     plan = plan_of(module)
@@ -106,6 +125,15 @@ def swap_out(module: nn.Module) -> None:
 def plan_of(module: nn.Module) -> Plan | None:
     """How the module was fused; None if it was not."""
     return type(module).plan if isinstance(module, Fused) else None
+
+
+def parts_of(block: nn.Module, roles: Roles) -> chains.Parts:
+    """The layers that play these roles in a block, and its shortcut."""
+    pairs = [
+        (getattr(block, conv), getattr(block, norm))
+        for conv, norm in zip(roles.convs, roles.norms, strict=True)
+    ]
+    return pairs, None if roles.shortcut is None else getattr(block, roles.shortcut)
 
 
 def native_roles(module: nn.Module) -> Roles | None:
@@ -121,8 +149,9 @@ def native_roles(module: nn.Module) -> Roles | None:
 
 @functools.cache
 def _fused_class(plan: Plan) -> type[nn.Module]:
-    original, ours = plan.original, _OURS[plan.roles.pattern]
-    mixin = FusedNetwork if ours is ResNet else FusedBlock
+    original, pattern = plan.original, plan.roles.pattern
+    ours = _OURS.get(pattern, original)
+    mixin = {"Sequential": FusedStage, "ResNet": FusedNetwork}.get(pattern, FusedBlock)
     bases = (mixin, original) if issubclass(original, ours) else (mixin, original, ours)
     namespace = {"__doc__": original.__doc__, "__module__": __name__, "plan": plan}
     name = f"Fused{original.__name__}"

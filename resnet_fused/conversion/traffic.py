@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from resnet_fused.conversion.clone import HOOK_TABLES, clone_modules
 from resnet_fused.conversion.fuse import restore_classes
+from resnet_fused.conversion.links import Link
 from resnet_fused.conversion.roles import Roles
 
 
 class Traffic(NamedTuple):
-    """Activation bytes per image that one inference reads and writes, unfused and fused."""
+    """Activation bytes per image that one inference reads and writes: unfused, fused, in chains."""
 
     before: int
     after: int
+    chained: int
 
 
 class _Sizes(NamedTuple):
@@ -27,24 +29,27 @@ class _Sizes(NamedTuple):
 
 
 def inference_traffic(
-    model: nn.Module, places: dict[str, Roles], example_input: Tensor
+    model: nn.Module, places: dict[str, Roles], links: dict[str, Link], example_input: Tensor
 ) -> dict[str, Traffic]:
     """Traffic of the residual blocks (and stems) at these paths, for one image of `example_input`.
 
     example_input: (N, C, H, W) as the model takes it; only its shape and dtype are used.
     Convolutions read their input and write their output once; batch norm and ReLU each read and
     write, the add reads twice and writes. Fused, only the convolutions and the residual are left.
+    In chains, `links` by path, nothing is left of what stands between layers that run at once.
     Weights are not counted. Raises ValueError if the model does not run on such an input.
     """
     sizes = _dry_run(model, [_layers(path, roles) for path, roles in places.items()], example_input)
     return {
-        path: _traffic(path, roles, sizes, example_input.element_size())
+        path: _traffic(path, roles, links.get(path), sizes, example_input.element_size())
         for path, roles in places.items()
         if all(layer in sizes for layer in _layers(path, roles))
     }
 
 
-def _traffic(path: str, roles: Roles, sizes: dict[str, _Sizes], item_size: int) -> Traffic:
+def _traffic(
+    path: str, roles: Roles, link: Link | None, sizes: dict[str, _Sizes], item_size: int
+) -> Traffic:
     *inner, last = (sizes[_join(path, conv)] for conv in roles.convs)
     convs = sum(size.read + size.written for size in (*inner, last))
     batch_norm = relu = 2
@@ -58,7 +63,13 @@ def _traffic(path: str, roles: Roles, sizes: dict[str, _Sizes], item_size: int) 
         shortcut = sizes[_join(path, roles.shortcut)]
         before += shortcut.read + shortcut.written + batch_norm * shortcut.written
         after += shortcut.read + shortcut.written
-    return Traffic(before * item_size, after * item_size)
+    chained = after
+    if link is not None and link.text:
+        kept = roles.convs[1] if roles.shortcut is None else roles.shortcut
+        chained -= 2 * sizes[_join(path, kept)].written
+    if link is not None and link.is_rolled_into:
+        chained -= inner[0].read
+    return Traffic(before * item_size, after * item_size, chained * item_size)
 
 
 def _layers(path: str, roles: Roles) -> list[str]:

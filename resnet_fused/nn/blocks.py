@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import backends
+from resnet_fused.nn import chains
 from resnet_fused.nn.block_function import Branch, Geometry, residual_block
 from resnet_fused.nn.inference_plan import make_plan
 from resnet_fused.nn.pairs import (
@@ -65,6 +66,9 @@ def residual_forward(
         if trained and not torch.compiler.is_compiling() and _is_one_node(x, every):
             return _trained_forward(x, every, projection is not None)
         make_plan(owner, x, every, projection is not None)
+        out = chains.run_block(x, pairs, downsample)
+        if out is not None:
+            return out
     *first, last = every if projection is None else every[:-1]
     z = x
     for pair in first:

@@ -18,6 +18,7 @@ from resnet_fused.layout import memory_format
 from resnet_fused.nn.pairs import (
     Pair,
     calls_are_plain,
+    computed_dtype,
     fold,
     has_hooks,
     hooks_of,
@@ -50,7 +51,7 @@ def run(blocks: Sequence[nn.Module], x: Tensor, stem: Stem | None = None) -> Ten
     plans = [plan for plan in map(_plans.get, owners) if plan is not None]
     if len(plans) < len(owners):
         return None
-    x = x.to(_dtype(x))
+    x = x.to(computed_dtype(x))
     is_direct = direct.runs(x.dtype) and all(plan.takes_direct for plan in plans)
     if stem is not None and not is_direct:
         return None
@@ -125,18 +126,11 @@ def _applies(x: Tensor) -> bool:
         and x.dim() == 4
         and memory_format(x) is torch.channels_last
         and x.is_contiguous(memory_format=torch.channels_last)
-        and onednn.runs(_dtype(x), x.numel())
+        and onednn.runs(computed_dtype(x), x.numel())
         and backends.is_implemented("conv_bn_relu")
         and backends.choose("conv_bn_relu", x) is onednn.conv_bn_relu
         and calls_are_plain()
     )
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a convolution of x computes in."""
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
-        return torch.get_autocast_dtype("cpu")
-    return x.dtype
 
 
 class _Plan:

@@ -64,6 +64,14 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hooks_of(module)) or "forward" in module.__dict__
 
 
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a convolution of x computes in, here and now."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
+
+
 def uses_batch(bn: BatchNorm) -> bool:
     """Whether `bn` normalises by the statistics of the batch."""
     return isinstance(bn, nn.BatchNorm2d) and (bn.training or bn.running_mean is None)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from resnet_fused.nn import blocks, inference_plan
+from resnet_fused.nn import blocks, chains, inference_plan
 from resnet_fused.nn.pairs import is_plain_relu
 
 
@@ -40,6 +40,13 @@ class _ResidualBlock(nn.Module):
         out = last_bn(last_conv(out))
         out += identity
         return self.relu(out)
+
+
+def _parts(block: _ResidualBlock) -> chains.Parts | None:
+    return (block._pairs(), block.downsample) if is_plain_relu(block.relu) else None
+
+
+chains.readers[_ResidualBlock.forward] = _parts
 
 
 class BasicBlock(_ResidualBlock):

@@ -90,6 +90,13 @@ def check_activation_like(
 ) -> None:
     """`tensor` must have `shape`, described by `meaning`, and dtype and device of `like`."""
     _checks.check_shape(operator, name, tensor, meaning, shape)
+    check_device_and_dtype(operator, name, tensor, like_name, like)
+
+
+def check_device_and_dtype(
+    operator: str, name: str, tensor: Tensor, like_name: str, like: Tensor
+) -> None:
+    """`tensor` must have dtype and device of `like`."""
     _checks.check_device(operator, name, tensor, like_name, like)
     if tensor.dtype != like.dtype:
         raise TypeError(

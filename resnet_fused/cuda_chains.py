@@ -1,0 +1,134 @@
+"""The Python half of the CUDA kernels that run several convolutions of a Bottleneck at once.
+
+They exist for the widths of ResNets, in bfloat16 and float16; `conv_projection_relu` for all. Other
+tensors take the same layers one by one, on the backend that was asked for, so that every operator
+always computes.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.cuda_convolutions import CHOSEN, uses_tf32, vector
+
+ROLL_WIDTHS = (64, 128)  # in and between the blocks
+EXPANSION = 4  # of a Bottleneck: output channels per channel of its 3x3 convolution
+_DTYPES = (torch.bfloat16, torch.float16)
+_WIDEST_IMAGE = 126  # 128 columns with the padding
+_TAIL_WIDTHS = (64, 128, 256)
+_BLOCK_WIDTHS = (64,)
+
+Layer = Sequence[Tensor]  # weight, and scale and shift of what it gives
+
+
+def launcher(operator: str, ops: Callable[[], Any]) -> Callable[..., Any]:
+    """The CUDA implementation of one of OPERATORS, with the arguments of `reference`.
+
+    ops: gives the namespace that the kernels are registered in.
+    """
+    return functools.partial(_LAUNCHERS[operator], getattr(ops(), operator).default)
+
+
+def _bottleneck_tail(
+    kernel: Callable[..., Tensor], y1: Tensor, residual: Tensor, *layers: Tensor
+) -> Tensor:
+    second, third = layers[:3], layers[3:]
+    if not _has_instance(y1, _TAIL_WIDTHS, second, third):
+        y2 = _layer_by_layer(y1, second, padding=1)
+        return _layer_by_layer(y2, third, residual)
+    return kernel(_aligned(y1), _aligned(residual), *_arguments(second, third))
+
+
+def _bottleneck_roll(
+    kernel: Callable[..., tuple[Tensor, Tensor]], y1: Tensor, residual: Tensor, *layers: Tensor
+) -> tuple[Tensor, Tensor]:
+    second, third, next_first = layers[:3], layers[3:6], layers[6:]
+    same_width = next_first[0].size(0) == y1.size(1)
+    if not (same_width and _has_instance(y1, ROLL_WIDTHS, second, third)):
+        y2 = _layer_by_layer(y1, second, padding=1)
+        out = _layer_by_layer(y2, third, residual)
+        return out, _layer_by_layer(out, next_first)
+    return kernel(_aligned(y1), _aligned(residual), *_arguments(second, third, next_first))
+
+
+def _bottleneck_block(kernel: Callable[..., Tensor], x: Tensor, *layers: Tensor) -> Tensor:
+    first, second, third = layers[:3], layers[3:6], layers[6:]
+    if not _has_instance(x, _BLOCK_WIDTHS, second, third):
+        y1 = _layer_by_layer(x, first)
+        y2 = _layer_by_layer(y1, second, padding=1)
+        return _layer_by_layer(y2, third, x)
+    return kernel(_aligned(x), *_arguments(first, second, third))
+
+
+def _conv_projection_relu(
+    kernel: Callable[..., Tensor],
+    y: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    x: Tensor,
+    projection_weight: Tensor,
+    projection_scale: Tensor,
+    projection_shift: Tensor,
+    stride: Sequence[int],
+) -> Tensor:
+    return kernel(
+        *(_native(y), weight, vector(scale), vector(shift)),
+        *(_native(x), projection_weight, vector(projection_scale), vector(projection_shift)),
+        *(stride, uses_tf32(y), *CHOSEN),
+    )
+
+
+def has_tail(width: int, kernels: int, widths: Sequence[int] = _TAIL_WIDTHS) -> bool:
+    """Whether a kernel ends blocks of this width, of the 3x3 convolution, with so many channels."""
+    return width in widths and kernels == EXPANSION * width
+
+
+def _has_instance(x: Tensor, widths: tuple[int, ...], second: Layer, third: Layer) -> bool:
+    """Whether there is a kernel for these layers and images like x."""
+    return (
+        x.dtype in _DTYPES
+        and has_tail(second[0].size(0), third[0].size(0), widths)
+        and x.size(3) <= _WIDEST_IMAGE
+    )
+
+
+def _arguments(*layers: Layer) -> list[Tensor]:
+    """The layers as the kernels take them."""
+    return [
+        tensor
+        for weight, scale, shift in layers
+        for tensor in (weight, vector(scale), vector(shift))
+    ]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Kernels that hold rows in shared memory copy 16 bytes at a time."""
+    x = _native(x)
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.channels_last)
+
+
+def _native(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _layer_by_layer(
+    x: Tensor, layer: Layer, residual: Tensor | None = None, padding: int = 0
+) -> Tensor:
+    # By its name: the choice of a backend for it is a layer above this one.
+    convolution = torch.ops.resnet_fused.conv_bn_relu.default
+    geometry = (1, 1), (padding, padding), (1, 1), 1
+    out: Tensor = convolution(x, *layer, residual, True, *geometry)
+    return out
+
+
+_LAUNCHERS: dict[str, Callable[..., Any]] = {
+    "bottleneck_tail": _bottleneck_tail,
+    "bottleneck_roll": _bottleneck_roll,
+    "bottleneck_block": _bottleneck_block,
+    "conv_projection_relu": _conv_projection_relu,
+}
+OPERATORS = tuple(_LAUNCHERS)
