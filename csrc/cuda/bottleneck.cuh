@@ -1,0 +1,514 @@
+// The convolutions of a bottleneck in one kernel, y2 and sums in registers:
+//   y2 = relu(conv3x3(y1) * scale2 + shift2)
+//   out = relu(conv1x1(y2) * scale3 + shift3 + residual)
+//   next_y1 = relu(conv1x1(out) * next_scale1 + next_shift1), the next block's first convolution
+//
+// A batch is one row of pixels. A block walks over a part of it, some pixels a step; the y1 of
+// these pixels and of the rows above and below lies in a ring in shared memory, so that a pixel is
+// read once, but for the two rows that parts have in common. A tap of the 3x3 is the same pixels of
+// the ring, moved; taps outside of the image read a row of zeros. Sums of one convolution are the
+// operand of the next one in the same registers: only where pixels leave the kernel are a lane's
+// channels neighbours, by the order of columns and summed channels in which the weights were packed
+// (bottleneck_weights.h). All weights stream through shared memory in every step, from the
+// second-level cache.
+// Bytes per pixel, in 16 bits: y1 2M, residual and out 8M each, next_y1 2M.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/bottleneck_weights.h"
+#include "cuda/conv.cuh"
+
+namespace resnet_fused {
+
+// M channels of y1 and y2, y2 and what follows in the dtype T of the tensors. kRowTiles tiles of 16
+// pixels for each warp; kStages blocks of weights in shared memory, all but one of them under way;
+// registers leave room for kResidentBlocks.
+template <class T_, int kMiddle_, bool kComputesNext_, int kWarps_, int kRowTiles_,
+          int kResidentBlocks_>
+struct Chain {
+  using T = T_;
+  static constexpr int kMiddle = kMiddle_, kWide = kExpansion * kMiddle;
+  static constexpr bool kComputesNext = kComputesNext_;
+  static constexpr int kThreads = kWarps_ * kWarp, kResidentBlocks = kResidentBlocks_;
+  static constexpr int kRowTiles = kRowTiles_;
+  static constexpr int kWarpPixels = 16 * kRowTiles, kPixels = kWarps_ * kWarpPixels;  // of a step
+  static constexpr int kStages = 4;
+  static constexpr ChainShape kShape{kMiddle, false, kComputesNext};
+  static constexpr int kSides = kShape.sides(), kBlocks = kShape.blocks();
+  static constexpr int kColumnPairs = kShape.columns() / 2;
+  static constexpr int kCoefficientBytes = kColumnPairs * static_cast<int>(sizeof(float4));
+
+  // A warp's sums of 64 columns, and its operand of 64 summed channels.
+  using Sum = float[kRowTiles][kBlockSide / 8][4];
+  using Fragments = uint32_t[kBlockSide / 16][kRowTiles][4];
+};
+
+struct ChainParameters {
+  const void *y1, *residual;
+  const void* weights;  // packed
+  void *out, *next_y1;
+  int pixels, steps;
+  Divider width, height;
+  int ring_pixels;
+};
+
+// The pixels of a step and those around them that taps reach, in groups of 8.
+inline int64_t ring_pixels(int64_t step_pixels, int64_t width) {
+  return (step_pixels + 2 * width + 2 + 7) / 8 * 8;
+}
+
+template <class Chain>
+__host__ __device__ constexpr int64_t ring_bytes(int64_t pixels) {
+  return Chain::kSides * (pixels + 1) * kBlockRowBytes;
+}
+
+template <class Chain>
+constexpr int64_t shared_bytes(int64_t ring_pixels) {
+  return Chain::kStages * kBlockBytes + Chain::kCoefficientBytes + ring_bytes<Chain>(ring_pixels);
+}
+
+__device__ __forceinline__ int lane() { return threadIdx.x % kWarp; }
+
+// ---- Weights ----
+
+// Block after block from global memory, and from the beginning again.
+template <class Chain>
+class WeightStream {
+  static constexpr int kThreads = Chain::kThreads, kStages = Chain::kStages;
+  static constexpr int kCopies = kBlockBytes / kChunkBytes / kThreads;
+  static_assert(kBlockBytes % (kThreads * kChunkBytes) == 0);
+
+ public:
+  // The first blocks, and whatever this thread has copied before, are under way.
+  __device__ __forceinline__ explicit WeightStream(const void* weights)
+      : weights_(static_cast<const uint8_t*>(weights) + threadIdx.x * kChunkBytes),
+        shared_(ptx::dynamic_shared()) {
+#pragma unroll
+    for (int stage = 0; stage < kStages - 1; ++stage) copy_block(stage * kBlockBytes);
+    // Where ldmatrix begins to read: rows of two tiles of columns, in both halves of a product.
+    const int row = lane() % 8 + lane() / 16 * 8;
+    first_ = shared_ + row * kBlockRowBytes + row_offset(row, lane() / 8 % 2);
+  }
+
+  // The next block, as the lane reads it. All threads have read the one before, in whose place a
+  // later one is copied, and with it whatever this thread has copied since the last call.
+  __device__ __forceinline__ SharedAddress next() {
+    ptx::wait_for_copies<kStages - 2>();
+    __syncthreads();
+    const uint32_t last = read_ == 0 ? (kStages - 1) * kBlockBytes : read_ - kBlockBytes;
+    copy_block(last);
+    const SharedAddress block = first_ + read_;
+    read_ = read_ == (kStages - 1) * kBlockBytes ? 0 : read_ + kBlockBytes;
+    return block;
+  }
+
+ private:
+  __device__ __forceinline__ void copy_block(uint32_t stage) {
+    const uint8_t* from = weights_ + ahead_ * kBlockBytes;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int at = i * kThreads * kChunkBytes;
+      ptx::copy_async(shared_ + stage + threadIdx.x * kChunkBytes + at, from + at, true);
+    }
+    ptx::commit_copies();
+    ahead_ = ahead_ + 1 == Chain::kBlocks ? 0 : ahead_ + 1;
+  }
+
+  const uint8_t* weights_;
+  const SharedAddress shared_;
+  SharedAddress first_;
+  int ahead_ = 0;      // the block to be copied next
+  uint32_t read_ = 0;  // the stage that is used next
+};
+
+// sum += fragments * block.
+template <class Chain>
+__device__ __forceinline__ void multiply(typename Chain::Sum& sum,
+                                         const typename Chain::Fragments& fragments,
+                                         SharedAddress block) {
+#pragma unroll
+  for (int product = 0; product < kBlockSide / 16; ++product) {
+    uint32_t columns[kBlockSide / 8][2];
+#pragma unroll
+    for (int j = 0; j < kBlockSide / 8; j += 2) {
+      uint32_t pair[4];
+      ptx::load_matrices(pair, (block ^ (product * kInstructionBytes)) + j * 8 * kBlockRowBytes);
+      columns[j][0] = pair[0];
+      columns[j][1] = pair[1];
+      columns[j + 1][0] = pair[2];
+      columns[j + 1][1] = pair[3];
+    }
+    ptx::multiply_add<typename Chain::T>(sum, fragments[product], columns);
+  }
+}
+
+// ---- Sums and fragments ----
+
+template <class Chain>
+__device__ __forceinline__ void clear(typename Chain::Sum& sum) {
+#pragma unroll
+  for (int i = 0; i < Chain::kRowTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < kBlockSide / 8; ++j) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum[i][j][k] = 0;
+    }
+  }
+}
+
+// sum * scale + shift, with the coefficients of the sum's first column.
+template <class Chain>
+__device__ __forceinline__ void scale_shift(typename Chain::Sum& sum, SharedAddress coefficients) {
+  const SharedAddress own = coefficients + lane() % 4 * sizeof(float4);
+#pragma unroll
+  for (int j = 0; j < kBlockSide / 8; ++j) {
+    const float4 c = ptx::load_shared<float4>(own + j * 4 * sizeof(float4));
+#pragma unroll
+    for (int i = 0; i < Chain::kRowTiles; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& first = sum[i][j][2 * half];
+        float& second = sum[i][j][2 * half + 1];
+        first = fmaf(first, c.x, c.z);
+        second = fmaf(second, c.y, c.w);
+      }
+    }
+  }
+}
+
+// Calls visit(word, first, second) for each word of a warp's fragments, with the two sums that
+// belong there: a tile of 16 x 8 sums lies like one half of a tile of an operand.
+template <class Chain, class Visit>
+__device__ __forceinline__ void for_each_word(typename Chain::Sum& sum,
+                                              typename Chain::Fragments& fragments, Visit visit) {
+#pragma unroll
+  for (int product = 0; product < kBlockSide / 16; ++product) {
+#pragma unroll
+    for (int i = 0; i < Chain::kRowTiles; ++i) {
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        float (&four)[4] = sum[i][2 * product + word / 2];
+        visit(fragments[product][i][word], four[word % 2 * 2], four[word % 2 * 2 + 1]);
+      }
+    }
+  }
+}
+
+template <class Chain>
+__device__ __forceinline__ void relu(typename Chain::Sum& sum,
+                                     typename Chain::Fragments& fragments) {
+  for_each_word<Chain>(sum, fragments, [](uint32_t& word, float first, float second) {
+    word = ptx::pack_relu<typename Chain::T>(first, second);
+  });
+}
+
+// The fragments hold the residual before.
+template <class Chain>
+__device__ __forceinline__ void add_relu(typename Chain::Sum& sum,
+                                         typename Chain::Fragments& fragments) {
+  using T = typename Chain::T;
+  for_each_word<Chain>(sum, fragments, [](uint32_t& word, float first, float second) {
+    const float2 residual = ptx::unpack<T>(word);
+    word = ptx::pack_relu<T>(first + residual.x, second + residual.y);
+  });
+}
+
+// ---- Pixels in global memory ----
+
+// The lane's share of a step in tensors whose channels were brought together by channel_of_column:
+// 8 channels in each half of 64, of two pixels in each tile of rows.
+template <class Chain>
+class LanePixels {
+ public:
+  __device__ __forceinline__ LanePixels(const ChainParameters& p, int first_pixel)
+      : first_(first_pixel + static_cast<int>(threadIdx.x) / kWarp * Chain::kWarpPixels +
+               lane() / 4),
+        left_(p.pixels - first_) {}
+
+  // Pixels behind the last one are zero.
+  template <int kChannels>
+  __device__ __forceinline__ void read(typename Chain::Fragments& fragments, const void* tensor,
+                                       int first_channel) const {
+    const uint4* from = static_cast<const uint4*>(tensor) + offset<kChannels>(first_channel);
+    for_each([&](int i, int half, int group) {
+      uint4 chunk{0, 0, 0, 0};
+      if (exists(i, half)) chunk = load(from + step<kChannels>(i, half, group));
+      fragments[2 * group][i][half] = chunk.x;
+      fragments[2 * group][i][2 + half] = chunk.y;
+      fragments[2 * group + 1][i][half] = chunk.z;
+      fragments[2 * group + 1][i][2 + half] = chunk.w;
+    });
+  }
+
+  template <int kChannels>
+  __device__ __forceinline__ void write(const typename Chain::Fragments& fragments, void* tensor,
+                                        int first_channel) const {
+    uint4* to = static_cast<uint4*>(tensor) + offset<kChannels>(first_channel);
+    for_each([&](int i, int half, int group) {
+      const uint4 chunk{fragments[2 * group][i][half], fragments[2 * group][i][2 + half],
+                        fragments[2 * group + 1][i][half], fragments[2 * group + 1][i][2 + half]};
+      if (exists(i, half)) store(to + step<kChannels>(i, half, group), chunk);
+    });
+  }
+
+ private:
+  static constexpr int kChunkChannels = kChunk<typename Chain::T>;
+  static constexpr int kGroupChunks = 4;  // of 32 channels, one for each lane of a pixel
+
+  template <class Body>
+  static __device__ __forceinline__ void for_each(Body body) {
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+#pragma unroll
+      for (int i = 0; i < Chain::kRowTiles; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) body(i, half, group);
+      }
+    }
+  }
+
+  __device__ __forceinline__ bool exists(int i, int half) const {
+    return 16 * i + 8 * half < left_;
+  }
+
+  template <int kChannels>
+  __device__ __forceinline__ int64_t offset(int first_channel) const {
+    return (static_cast<int64_t>(first_) * kChannels + first_channel) / kChunkChannels +
+           lane() % kGroupChunks;
+  }
+  template <int kChannels>
+  static __device__ __forceinline__ int step(int i, int half, int group) {
+    return (16 * i + 8 * half) * (kChannels / kChunkChannels) + group * kGroupChunks;
+  }
+
+  const int first_, left_;
+};
+
+// ---- y1 ----
+
+// The y1 of the pixels around a step. 64 channels of a pixel are a row of 128 bytes; the next 64
+// are in the next plane, each of which ends with a row of zeros.
+template <class Chain>
+class Ring {
+  static constexpr int kChunksOfRow = kBlockRowBytes / kChunkBytes;
+  static constexpr int kChunksOfPixel = Chain::kSides * kChunksOfRow;
+  static constexpr int kPixelsApart = Chain::kThreads / kChunksOfPixel;
+  static_assert(Chain::kThreads % kChunksOfPixel == 0);
+
+ public:
+  // Starts copies of what the step at this pixel needs.
+  __device__ __forceinline__ Ring(const ChainParameters& p, SharedAddress memory, int first_pixel)
+      : p_(p),
+        memory_(memory),
+        plane_bytes_(static_cast<uint32_t>(ring_bytes<Chain>(p.ring_pixels)) / Chain::kSides),
+        first_(first_pixel - p.width.divisor() - 1) {
+    for (int i = threadIdx.x; i < kChunksOfPixel; i += Chain::kThreads) {
+      ptx::store_shared(
+          row(p.ring_pixels) + i / kChunksOfRow * plane_bytes_ + i % kChunksOfRow * kChunkBytes,
+          uint4{0, 0, 0, 0});
+    }
+    copy(0, Chain::kPixels + halo());
+  }
+
+  // Goes on to the next step: starts copies of what it needs in place of what only this one did.
+  __device__ __forceinline__ void advance() {
+    first_ += Chain::kPixels;
+    start_ = wrap(start_ + Chain::kPixels);
+    copy(halo(), Chain::kPixels + halo());
+  }
+
+  // Where a lane finds the pixels of one step, for ldmatrix.
+  class Rows {
+   public:
+    __device__ __forceinline__ Rows(const Ring& ring) : ring_(ring) {
+      const int width = ring.p_.width.divisor(), height = ring.p_.height.divisor();
+#pragma unroll
+      for (int i = 0; i < Chain::kRowTiles; ++i) {
+        const int in_step =
+            static_cast<int>(threadIdx.x) / kWarp * Chain::kWarpPixels + 16 * i + lane() % 16;
+        const int pixel = ring.first_ + width + 1 + in_step;
+        const int row = ring.p_.width.divide(pixel);
+        const int x = pixel - row * width;
+        const int y = row - ring.p_.height.divide(row) * height;
+        slot_[i] = ring.wrap(ring.start_ + in_step);
+        missing_[i] = (y == 0 ? kFirstRow : 0) | (y == height - 1 ? kFirstRow << 6 : 0) |
+                      (x == 0 ? kFirstColumn : 0) | (x == width - 1 ? kFirstColumn << 2 : 0) |
+                      (pixel < ring.p_.pixels ? 0 : ~0u);
+      }
+    }
+
+    __device__ __forceinline__ void move_to(int tap) {
+      const int tap_row = tap / 3;
+      const int moved = tap_row * ring_.p_.width.divisor() + tap - 3 * tap_row;
+#pragma unroll
+      for (int i = 0; i < Chain::kRowTiles; ++i) {
+        // Zeros have the permutation of what they stand for: 8 neighbouring pixels never meet in
+        // the same banks.
+        const int slot = ring_.wrap(slot_[i] + moved);
+        const bool is_missing = missing_[i] >> tap & 1;
+        row_[i] =
+            ring_.row(is_missing ? ring_.p_.ring_pixels : slot) + row_offset(slot, lane() / 16);
+      }
+    }
+
+    __device__ __forceinline__ void read(typename Chain::Fragments& fragments, int plane) const {
+#pragma unroll
+      for (int product = 0; product < kBlockSide / 16; ++product) {
+#pragma unroll
+        for (int i = 0; i < Chain::kRowTiles; ++i) {
+          ptx::load_matrices(fragments[product][i], (row_[i] ^ (product * kInstructionBytes)) +
+                                                        plane * ring_.plane_bytes_);
+        }
+      }
+    }
+
+   private:
+    // Of the taps of a 3x3, from the first row to the last one.
+    static constexpr uint32_t kFirstRow = 0b000'000'111, kFirstColumn = 0b001'001'001;
+
+    const Ring& ring_;
+    int slot_[Chain::kRowTiles];          // of the first tap
+    uint32_t missing_[Chain::kRowTiles];  // taps
+    SharedAddress row_[Chain::kRowTiles];
+  };
+
+ private:
+  // Of the pixels around a step that are not its own.
+  __device__ __forceinline__ int halo() const { return 2 * p_.width.divisor() + 2; }
+  __device__ __forceinline__ int wrap(int slot) const {
+    return slot >= p_.ring_pixels ? slot - p_.ring_pixels : slot;
+  }
+  __device__ __forceinline__ SharedAddress row(int slot) const {
+    return memory_ + slot * kBlockRowBytes;
+  }
+
+  // Of the pixels around the step from one to another, those that exist.
+  __device__ __forceinline__ void copy(int from, int to) const {
+    const int chunk = threadIdx.x % kChunksOfPixel;
+    const SharedAddress plane = chunk / kChunksOfRow * plane_bytes_;
+    const auto* y1 =
+        static_cast<const uint4*>(p_.y1) + static_cast<int64_t>(first_) * kChunksOfPixel + chunk;
+    for (int i = from + threadIdx.x / kChunksOfPixel; i < to; i += kPixelsApart) {
+      if (first_ + i < 0 || first_ + i >= p_.pixels) continue;
+      const int slot = wrap(start_ + i);
+      ptx::copy_async(row(slot) + plane + row_offset(slot, chunk % kChunksOfRow),
+                      y1 + i * kChunksOfPixel, true);
+    }
+  }
+
+  const ChainParameters& p_;
+  const SharedAddress memory_;
+  const uint32_t plane_bytes_;
+  int first_;  // pixel, which may lie before all images, and its slot
+  int start_ = 0;
+};
+
+// ---- The kernel ----
+
+// Brings what the step will read of a tensor to the second-level cache.
+template <class Chain>
+__device__ __forceinline__ void prefetch_step(const ChainParameters& p, const void* tensor,
+                                              int first_pixel) {
+  constexpr int kLineBytes = 128;
+  constexpr int kPixelBytes = Chain::kWide * sizeof(typename Chain::T);
+  constexpr int kBytesApart = Chain::kThreads * kLineBytes;
+  const auto* from =
+      static_cast<const uint8_t*>(tensor) + static_cast<int64_t>(first_pixel) * kPixelBytes;
+  const int left = p.pixels - first_pixel;
+#pragma unroll
+  for (int i = 0; i < Chain::kPixels * kPixelBytes / kBytesApart; ++i) {
+    const int at = i * kBytesApart + threadIdx.x * kLineBytes;
+    if (at / kPixelBytes < left) ptx::prefetch(from + at);
+  }
+}
+
+// Grid: as many parts of the steps.
+template <class Chain>
+__global__ void __launch_bounds__(Chain::kThreads, Chain::kResidentBlocks)
+    bottleneck_kernel(const __grid_constant__ ChainParameters p) {
+  using Sum = typename Chain::Sum;
+  using Fragments = typename Chain::Fragments;
+  constexpr int kSides = Chain::kSides, kStages = Chain::kStages;
+  constexpr int kBytesOfColumn = sizeof(float4) / 2;
+  const SharedAddress coefficients = ptx::dynamic_shared() + kStages * kBlockBytes;
+  const auto* packed = static_cast<const uint4*>(p.weights);
+  for (int i = threadIdx.x; i < Chain::kColumnPairs; i += Chain::kThreads) {
+    constexpr int kBehindBlocks = Chain::kBlocks * (kBlockBytes / kChunkBytes);
+    ptx::store_shared(coefficients + i * kChunkBytes, load(packed + kBehindBlocks + i));
+  }
+
+  int step = static_cast<int>(static_cast<int64_t>(p.steps) * blockIdx.x / gridDim.x);
+  const int end = static_cast<int>(static_cast<int64_t>(p.steps) * (blockIdx.x + 1) / gridDim.x);
+  Ring<Chain> ring(p, coefficients + Chain::kCoefficientBytes, step * Chain::kPixels);
+  WeightStream<Chain> weights(p.weights);
+#pragma unroll 1
+  for (; step < end; ++step) {
+    prefetch_step<Chain>(p, p.residual, step * Chain::kPixels);
+    Fragments y2[kSides];
+    {
+      Sum sum[kSides];
+#pragma unroll
+      for (int n = 0; n < kSides; ++n) clear<Chain>(sum[n]);
+      typename Ring<Chain>::Rows rows(ring);
+#pragma unroll 1
+      for (int tap = 0; tap < kTaps; ++tap) {
+        rows.move_to(tap);
+#pragma unroll 1
+        for (int k = 0; k < kSides; ++k) {
+          Fragments y1;
+#pragma unroll
+          for (int n = 0; n < kSides; ++n) {
+            const SharedAddress block = weights.next();
+            // Behind the barrier, at the first tap: y1 has landed.
+            if (n == 0) rows.read(y1, k);
+            multiply<Chain>(sum[n], y1, block);
+          }
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kSides; ++n) {
+        scale_shift<Chain>(sum[n], coefficients + n * kBlockSide * kBytesOfColumn);
+        relu<Chain>(sum[n], y2[n]);
+      }
+    }
+    // All have read the ring.
+    __syncthreads();
+    if (step + 1 < end) ring.advance();
+    static_assert(Chain::kShape.blocks_behind() >= kStages - 1, "y1 lands before the next step");
+
+    const LanePixels<Chain> pixels(p, step * Chain::kPixels);
+    Sum next[Chain::kComputesNext ? kSides : 1];
+#pragma unroll
+    for (Sum& of_columns : next) clear<Chain>(of_columns);
+#pragma unroll 1
+    for (int chunk = 0; chunk < Chain::kWide; chunk += kBlockSide) {
+      Fragments out;
+      pixels.template read<Chain::kWide>(out, p.residual, chunk);
+      Sum sum;
+      clear<Chain>(sum);
+#pragma unroll
+      for (int k = 0; k < kSides; ++k) multiply<Chain>(sum, y2[k], weights.next());
+      scale_shift<Chain>(sum, coefficients + (Chain::kMiddle + chunk) * kBytesOfColumn);
+      add_relu<Chain>(sum, out);
+      pixels.template write<Chain::kWide>(out, p.out, chunk);
+      if constexpr (Chain::kComputesNext) {
+#pragma unroll
+        for (int n = 0; n < kSides; ++n) multiply<Chain>(next[n], out, weights.next());
+      }
+    }
+    if constexpr (Chain::kComputesNext) {
+#pragma unroll
+      for (int n = 0; n < kSides; ++n) {
+        const int column = Chain::kMiddle + Chain::kWide + n * kBlockSide;
+        scale_shift<Chain>(next[n], coefficients + column * kBytesOfColumn);
+        Fragments next_y1;
+        relu<Chain>(next[n], next_y1);
+        pixels.template write<Chain::kMiddle>(next_y1, p.next_y1, n * kBlockSide);
+      }
+    }
+  }
+  ptx::wait_for_copies<0>();
+}
+
+}  // namespace resnet_fused

@@ -1,0 +1,373 @@
+"""The kernels of whole bottlenecks in the emulator: results, bytes, order of blocks, races."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import emulation
+import pytest
+import torch
+from numerics import assert_as_accurate_as_eager, normal
+from torch import Tensor
+from torch.nn import functional as F
+
+pytestmark = [
+    pytest.mark.emulator,
+    pytest.mark.skipif(emulation.unavailable() is not None, reason=str(emulation.unavailable())),
+]
+
+DTYPES = (torch.bfloat16, torch.float16)
+# Layers of ResNet-50; batches whose images are no multiple of a step, one pixel, one row, one
+# column, ragged rows. (N, H, W) by channels of the 3x3 convolution.
+IMAGES = {
+    64: ((1, 56, 56), (3, 14, 14), (5, 7, 7), (2, 5, 9), (1, 1, 1), (130, 1, 1), (2, 13, 30)),
+    128: ((2, 28, 28), (7, 7, 7), (1, 1, 1), (3, 1, 40), (2, 13, 30)),
+    256: ((1, 14, 14), (3, 7, 7), (1, 40, 1), (2, 5, 9)),
+}
+MIDDLE = {"bottleneck_tail": (64, 128, 256), "bottleneck_roll": (64, 128)}
+PIXELS = {  # of a step
+    ("bottleneck_tail", 64): 128,
+    ("bottleneck_tail", 128): 256,
+    ("bottleneck_tail", 256): 128,
+    ("bottleneck_roll", 64): 128,
+    ("bottleneck_roll", 128): 128,
+}
+
+
+class Folded(NamedTuple):
+    """A convolution and its folded batch norm."""
+
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    @staticmethod
+    def draw(columns: int, summed: int, side: int, seed: int, dtype: torch.dtype) -> Folded:
+        """Sums have variance 1, and half of what comes out of a ReLU is 0."""
+        weight = normal((columns, summed, side, side), seed) * (summed * side * side / 2) ** -0.5
+        scale = normal((columns,), seed + 1).abs() + 0.5
+        return Folded(weight.to(dtype), scale.float(), normal((columns,), seed + 2).float())
+
+    def apply(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """relu(conv(x, weight) * scale + shift + residual), each of them rounded as by eager."""
+        vector = torch.float64 if x.dtype == torch.float64 else torch.float32
+        y = F.conv2d(x, self.weight.to(x.dtype), padding=self.weight.shape[-1] // 2)
+        scale, shift = (t.to(vector).view(1, -1, 1, 1) for t in (self.scale, self.shift))
+        y = (y.to(vector) * scale + shift).to(x.dtype)
+        return torch.relu(y if residual is None else y + residual)
+
+
+class Given(NamedTuple):
+    """Arguments of one call."""
+
+    y1: Tensor
+    residual: Tensor
+    conv2: Folded
+    conv3: Folded
+    next_conv1: Folded
+
+    @staticmethod
+    def draw(middle: int, images: tuple[int, int, int], dtype: torch.dtype, seed: int = 0) -> Given:
+        n, h, w = images
+        wide = 4 * middle
+        return Given(
+            channels_last(normal((n, middle, h, w), seed).relu().to(dtype)),
+            channels_last(normal((n, wide, h, w), seed + 1).to(dtype)),
+            Folded.draw(middle, middle, 3, seed + 2, dtype),
+            Folded.draw(wide, middle, 1, seed + 5, dtype),
+            Folded.draw(middle, wide, 1, seed + 8, dtype),
+        )
+
+    def call(self, ops: Any, operator: str) -> tuple[Tensor, ...]:
+        arguments = (self.y1, self.residual, *self.conv2, *self.conv3)
+        if operator == "bottleneck_tail":
+            return (ops.bottleneck_tail(*arguments),)
+        results: tuple[Tensor, ...] = ops.bottleneck_roll(*arguments, *self.next_conv1)
+        return results
+
+    def compute(self, operator: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The same with one operator of torch after the other."""
+        y1, residual = self.y1.to(dtype), self.residual.to(dtype)
+        out = self.conv3.apply(self.conv2.apply(y1), residual)
+        return (out,) if operator == "bottleneck_tail" else (out, self.next_conv1.apply(out))
+
+
+def channels_last(x: Tensor) -> Tensor:
+    # Not .contiguous(), which leaves 1x1 images as they are.
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+
+
+def cases() -> list[Any]:
+    return [
+        pytest.param(operator, middle, id=f"{operator}-{middle}")
+        for operator, channels in MIDDLE.items()
+        for middle in channels
+    ]
+
+
+@pytest.fixture
+def emulated() -> Iterator[Any]:
+    ops = emulation.library()
+    ops.configure(0, 3)
+    emulation.launches(ops)
+    yield ops
+    ops.configure(0, 3)
+
+
+def launches(ops: Any) -> list[dict[str, Any]]:
+    """Those since the last call: of a kernel that packs, and of the kernel itself, in turn."""
+    records = emulation.launches(ops)
+    kernels = [record["kernel"].partition("<")[0] for record in records]
+    assert kernels == ["pack_chain_kernel", "bottleneck_kernel"] * (len(records) // 2)
+    return records[1::2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("operator", "middle"), cases())
+def test_results(emulated: Any, operator: str, middle: int, dtype: torch.dtype) -> None:
+    for images in IMAGES[middle]:
+        given = Given.draw(middle, images, dtype)
+        results = given.call(emulated, operator)
+        eager, exact = (given.compute(operator, d) for d in (dtype, torch.float64))
+        for result, plain, right in zip(results, eager, exact, strict=True):
+            assert result.is_contiguous(memory_format=torch.channels_last)
+            assert result.dtype == dtype
+            assert_as_accurate_as_eager(result, plain, right, f"{images}")
+        assert [launch["bank_conflicts"] for launch in launches(emulated)] == [0]
+
+
+@pytest.mark.parametrize(("operator", "middle"), cases())
+def test_order_and_number_of_blocks_change_nothing(
+    emulated: Any, operator: str, middle: int
+) -> None:
+    given = Given.draw(middle, (3, 12, 13), torch.bfloat16)
+    steps = -(-3 * 12 * 13 // PIXELS[operator, middle])
+    expected: tuple[Tensor, ...] = ()
+    for seed, multiprocessors in enumerate((1, 2, 3, 132)):
+        emulated.configure(seed, multiprocessors)
+        results = given.call(emulated, operator)
+        expected = expected or results
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+        resident = 2 if middle == 64 else 1
+        (launch,) = launches(emulated)
+        assert launch["grid"] == [min(steps, resident * multiprocessors), 1, 1]
+
+
+@pytest.mark.parametrize(("operator", "middle"), cases())
+def test_every_byte_moves_once(emulated: Any, operator: str, middle: int) -> None:
+    """But for weights, in every step, and the two rows of y1 that neighbouring parts share."""
+    n, h, w = {64: (1, 56, 56), 128: (2, 28, 28), 256: (2, 14, 14)}[middle]
+    given = Given.draw(middle, (n, h, w), torch.bfloat16)
+    results = given.call(emulated, operator)
+    (launch,) = launches(emulated)
+    (blocks, _, _), pixels = launch["grid"], n * h * w
+    per_pixel = 2 * middle * (1 + 4 + 4 + (operator == "bottleneck_roll"))
+    activations = [given.y1, given.residual, *results]
+    assert sum(t.nbytes for t in activations) == per_pixel * pixels
+    convolutions = [given.conv2, given.conv3, given.next_conv1][: 1 + len(results)]
+    coefficients = sum(c.scale.nbytes + c.shift.nbytes for c in convolutions)
+    weights = sum(c.weight.nbytes for c in convolutions)
+    assert launch["distinct_bytes_read"] == (
+        given.y1.nbytes + given.residual.nbytes + weights + coefficients
+    )
+    written = sum(t.nbytes for t in results)
+    assert launch["distinct_bytes_written"] == launch["bytes_written"] == written
+    steps = -(-pixels // PIXELS[operator, middle])
+    shared_rows = (blocks - 1) * (2 * w + 2) * 2 * middle
+    # A block begins to read weights for a step that never comes.
+    ahead = 3 * 64 * 64 * 2
+    assert launch["bytes_read"] == (
+        given.y1.nbytes
+        + shared_rows
+        + given.residual.nbytes
+        + steps * weights
+        + blocks * (coefficients + ahead)
+    )
+    assert launch["accesses"] == {"16": (launch["bytes_read"] + written) // 16}
+    assert launch["products"] == products(operator, middle, steps)
+
+
+def products(operator: str, middle: int, steps: int) -> int:
+    """Of the tensor cores, 16 x 8 x 16 each: what the mathematics needs for all pixels of steps."""
+    summed = 9 * middle * middle + (8 if operator == "bottleneck_roll" else 4) * middle * middle
+    return steps * PIXELS[operator, middle] * summed // (16 * 8 * 16)
+
+
+def test_layer1_moves_1280_bytes_per_pixel(emulated: Any) -> None:
+    given = Given.draw(64, (4, 56, 56), torch.bfloat16)
+    given.call(emulated, "bottleneck_roll")
+    (launch,) = launches(emulated)
+    moved = launch["distinct_bytes_read"] + launch["distinct_bytes_written"]
+    assert 1280 <= moved / (4 * 56 * 56) <= 1.05 * 1280
+
+
+@pytest.mark.parametrize(("operator", "middle"), cases())
+def test_what_is_no_number_stays_where_it_belongs(
+    emulated: Any, operator: str, middle: int
+) -> None:
+    """NaN passes every ReLU and reaches the pixels around it, in its own image alone."""
+    given = Given.draw(middle, (3, 6, 7), torch.bfloat16)
+    given.y1[1, 5, 0, 6] = float("nan")
+    given.y1[1, 5, 5, 0] = float("inf")
+    given.residual[2, 3, 3, 3] = float("nan")
+    results = given.call(emulated, operator)
+    eager, exact = (given.compute(operator, d) for d in (torch.bfloat16, torch.float64))
+    for result, plain, right in zip(results, eager, exact, strict=True):
+        finite = right.isfinite()
+        assert 0 < finite.double().mean() < 1
+        assert torch.equal(result.isfinite(), finite)
+        assert_as_accurate_as_eager(result[finite], plain[finite], right[finite])
+        assert torch.equal(result[0].isnan(), torch.zeros_like(result[0], dtype=torch.bool))
+
+
+def test_weights_of_any_dtype_and_strides(emulated: Any) -> None:
+    given = Given.draw(64, (2, 5, 9), torch.float16)
+    expected = given.call(emulated, "bottleneck_roll")
+    kinds: list[Callable[[Tensor], Tensor]] = [
+        lambda weight: weight.float(),
+        lambda weight: weight.double().contiguous(memory_format=torch.channels_last),
+        lambda weight: weight.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda weight: F.pad(weight, (1, 2, 0, 1))[..., : weight.shape[2], 1 : 1 + weight.shape[3]],
+    ]
+    for kind in kinds:
+        convolutions = (
+            folded._replace(weight=kind(folded.weight))
+            for folded in (given.conv2, given.conv3, given.next_conv1)
+        )
+        other = Given(given.y1, given.residual, *convolutions)
+        results = other.call(emulated, "bottleneck_roll")
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("operator", MIDDLE)
+def test_empty_batch(emulated: Any, operator: str) -> None:
+    given = Given.draw(64, (0, 5, 9), torch.bfloat16)
+    for result, right in zip(
+        given.call(emulated, operator), given.compute(operator, torch.float64), strict=True
+    ):
+        assert result.shape == right.shape
+    assert emulation.launches(emulated) == []
+
+
+def without_conv2(given: Given, **changes: Tensor) -> Given:
+    return given._replace(conv2=given.conv2._replace(**changes))
+
+
+# By what is wrong: the operator, the channels of y1, the change, and the message.
+BAD: dict[str, tuple[str, int, Callable[[Given], Given], str]] = {
+    "dimensions": (
+        "bottleneck_tail",
+        64,
+        lambda given: given._replace(y1=given.y1[0]),
+        r"y1 must be a 4-d tensor \(N, C, H, W\), got shape \(64, 5, 9\)",
+    ),
+    "dtype": (
+        "bottleneck_tail",
+        64,
+        lambda given: given._replace(y1=given.y1.float()),
+        "y1 must be bfloat16 or float16, got Float",
+    ),
+    "layout": (
+        "bottleneck_roll",
+        64,
+        lambda given: given._replace(y1=given.y1.contiguous()),
+        r"y1 must be channels_last, got strides \(2880, 45, 9, 1\)",
+    ),
+    "alignment": (
+        "bottleneck_tail",
+        64,
+        lambda given: given._replace(
+            y1=given.y1.new_ones(given.y1.numel() + 1).as_strided(
+                given.y1.shape, given.y1.stride(), 1
+            )
+        ),
+        "y1 must be aligned to 16 bytes, got address",
+    ),
+    "residual's shape": (
+        "bottleneck_tail",
+        64,
+        lambda given: given._replace(residual=given.residual[:, :64]),
+        r"residual must have shape \(2, 256, 5, 9\), got \(2, 64, 5, 9\)",
+    ),
+    "residual's dtype": (
+        "bottleneck_roll",
+        64,
+        lambda given: given._replace(residual=given.residual.half()),
+        "residual must have the dtype of y1 BFloat16, got Half",
+    ),
+    "residual's layout": (
+        "bottleneck_roll",
+        64,
+        lambda given: given._replace(residual=given.residual.contiguous()),
+        "residual must be channels_last, got strides",
+    ),
+    "weight's shape": (
+        "bottleneck_tail",
+        64,
+        lambda given: without_conv2(given, weight=given.conv3.weight),
+        r"weight2 must have shape \(64, 64, 3, 3\), got \(256, 64, 1, 1\)",
+    ),
+    "weight's dtype": (
+        "bottleneck_tail",
+        64,
+        lambda given: without_conv2(given, weight=given.conv2.weight.int()),
+        "weight2 must be float32, float64, float16 or bfloat16, got Int",
+    ),
+    "scale": (
+        "bottleneck_tail",
+        64,
+        lambda given: without_conv2(given, scale=given.conv2.scale.double()),
+        r"scale2 must have 64 values in float32, side by side, got shape \(64\) of Double",
+    ),
+    "shift": (
+        "bottleneck_tail",
+        64,
+        lambda given: without_conv2(given, shift=given.conv3.shift),
+        r"shift2 must have 64 values in float32, side by side, got shape \(256\) of Float",
+    ),
+    "next weight": (
+        "bottleneck_roll",
+        64,
+        lambda given: given._replace(next_conv1=given.conv3),
+        r"next_weight1 must have shape \(64, 256, 1, 1\), got \(256, 64, 1, 1\)",
+    ),
+    "channels": (
+        "bottleneck_tail",
+        32,
+        lambda given: given,
+        r"y1 must have 64, 128 or 256 channels, got 32 \(use conv_bn_relu\)",
+    ),
+    "channels of a roll": (
+        "bottleneck_roll",
+        256,
+        lambda given: given,
+        r"y1 must have 64 or 128 channels, got 256 \(use bottleneck_tail\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input_is_named(emulated: Any, bad: str) -> None:
+    operator, middle, change, message = BAD[bad]
+    given = change(Given.draw(middle, (2, 5, 9), torch.bfloat16))
+    with pytest.raises(RuntimeError, match=f"^{operator}: {message}"):
+        given.call(emulated, operator)
+
+
+@pytest.mark.parametrize(("operator", "middle"), cases())
+def test_images_may_be_as_wide_as_the_ring(emulated: Any, operator: str, middle: int) -> None:
+    """Up to the shared memory of a block, and no wider."""
+    sides = middle // 64
+    columns = middle * (6 if operator == "bottleneck_roll" else 5)
+    rows = (227 * 1024 - 4 * 8192 - 8 * columns) // (128 * sides) - 1
+    widest = (rows // 8 * 8 - PIXELS[operator, middle] - 2) // 2
+    given = Given.draw(middle, (1, 1, widest), torch.bfloat16)
+    results = given.call(emulated, operator)
+    eager, exact = (given.compute(operator, d) for d in (torch.bfloat16, torch.float64))
+    for result, plain, right in zip(results, eager, exact, strict=True):
+        assert_as_accurate_as_eager(result, plain, right)
+    given = Given.draw(middle, (1, 1, widest + 1), torch.bfloat16)
+    message = f"y1 must be less wide for {middle} channels, got {widest + 1} pixels, for which"
+    with pytest.raises(RuntimeError, match=f"^{operator}: {message}.*use conv_bn_relu"):
+        given.call(emulated, operator)
