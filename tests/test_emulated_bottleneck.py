@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -371,3 +372,101 @@ def test_images_may_be_as_wide_as_the_ring(emulated: Any, operator: str, middle:
     message = f"y1 must be less wide for {middle} channels, got {widest + 1} pixels, for which"
     with pytest.raises(RuntimeError, match=f"^{operator}: {message}.*use conv_bn_relu"):
         given.call(emulated, operator)
+
+
+# In place of all of conv_operands.cu.
+UNCHECKED = """namespace resnet_fused {
+void check_coefficients(const char*, const char*, const Tensor&, int64_t, const Tensor&) {}
+}
+"""
+
+
+def source() -> str:
+    """bottleneck_roll with its own headers in place of their #include lines, for one instance."""
+    text = (emulation.CSRC / "cuda/bottleneck_roll.cu").read_text()
+    for name in ("cuda/bottleneck_launch.cuh", "cuda/bottleneck.cuh"):
+        header = (emulation.CSRC / name).read_text().replace("#pragma once", "")
+        text = emulation.mutate(text, f'#include "{name}"', header)
+    text, of_others = re.subn(r"case 128:.*?;", "", text, flags=re.DOTALL)
+    assert of_others == 1
+    text = emulation.mutate(text, "return body(ptx::Half{});", "break;")
+    return f'#include "cuda/bottleneck_weights.cu"\n{UNCHECKED}{text}'
+
+
+class Mutant(NamedTuple):
+    """A change to the kernel that makes it wrong."""
+
+    old: str
+    new: str
+    message: str | None  # of the emulator's error; None where results or bank conflicts are wrong
+
+
+MUTANTS = {
+    "wait for the next block of weights": Mutant(
+        "ptx::wait_for_copies<kStages - 2>();", "", "in flight"
+    ),
+    "wait for one block less": Mutant(
+        "ptx::wait_for_copies<kStages - 2>();", "ptx::wait_for_copies<kStages - 1>();", "in flight"
+    ),
+    "barrier before a block of weights": Mutant(
+        "    __syncthreads();\n    const uint32_t last",
+        "    const uint32_t last",
+        "in flight|races|uninitialised",
+    ),
+    "barrier before y1 is overwritten": Mutant(
+        "// All have read the ring.\n    __syncthreads();", "", "races"
+    ),
+    "wait for the last copies": Mutant(
+        "  ptx::wait_for_copies<0>();\n}", "}", "ends while copies are in flight"
+    ),
+    "no row of zeros": Mutant("i < kChunksOfPixel; i +=", "i < 0; i +=", "uninitialised"),
+    "a ring without room for the last pixels": Mutant(
+        "(step_pixels + 2 * width + 2 + 7) / 8 * 8", "step_pixels", "races|in flight"
+    ),
+    "one pixel too few": Mutant(
+        "2 * p_.width.divisor() + 2; }", "2 * p_.width.divisor() + 1; }", "uninitialised"
+    ),
+    "neighbours across the end of a row": Mutant("kFirstColumn << 2", "0", None),
+    "neighbours across the end of an image": Mutant("kFirstRow << 6", "0", None),
+    "zeros that all lie in the same banks": Mutant(
+        "row_offset(slot, lane() / 16)", "row_offset(is_missing ? 0 : slot, lane() / 16)", None
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def mutants() -> dict[str, Any]:
+    text = source()
+    texts = {"original": text}
+    for i, mutant in enumerate(MUTANTS.values()):
+        texts[f"mutant_{i}"] = emulation.mutate(text, mutant.old, mutant.new)
+    compiled = emulation.compile_sources(texts, "csrc/cuda/mutant.cu")
+    return dict(zip(("original", *MUTANTS), compiled.values(), strict=True))
+
+
+def is_right(ops: Any) -> bool:
+    """Of two blocks with two steps each, the last of which is not full."""
+    given = Given.draw(64, (5, 9, 11), torch.bfloat16)
+    ops.configure(0, 1)
+    results = given.call(ops, "bottleneck_roll")
+    (launch,) = launches(ops)
+    assert launch["grid"] == [2, 1, 1]
+    exact = given.compute("bottleneck_roll", torch.float64)
+    distances = [
+        (a.double() - b).abs().max() / b.max() for a, b in zip(results, exact, strict=True)
+    ]
+    return max(distances) < 0.02 and launch["bank_conflicts"] == 0
+
+
+def test_unbroken_copy_is_right(mutants: dict[str, Any]) -> None:
+    assert is_right(mutants["original"])
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_broken_kernels_are_caught(mutants: dict[str, Any], name: str) -> None:
+    mutant = MUTANTS[name]
+    if mutant.message is None:
+        assert not is_right(mutants[name])
+    else:
+        with pytest.raises(RuntimeError, match=f"bottleneck_kernel.*({mutant.message})"):
+            is_right(mutants[name])
