@@ -44,6 +44,8 @@ inline constexpr const char* kKernelSchemas[] = {
     "bottleneck_roll(Tensor y1, Tensor residual, Tensor weight2, Tensor scale2, Tensor shift2, "
     "Tensor weight3, Tensor scale3, Tensor shift3, Tensor next_weight1, Tensor next_scale1, "
     "Tensor next_shift1) -> (Tensor out, Tensor next_y1)",
+    "bottleneck_block(Tensor x, Tensor weight1, Tensor scale1, Tensor shift1, Tensor weight2, "
+    "Tensor scale2, Tensor shift2, Tensor weight3, Tensor scale3, Tensor shift3) -> Tensor",
 };
 
 }  // namespace resnet_fused

@@ -1,7 +1,9 @@
-// The convolutions of a bottleneck in one kernel, y2 and sums in registers:
+// The convolutions of a bottleneck in one kernel, what lies between them in registers:
+//   y1 = relu(conv1x1(x) * scale1 + shift1)
 //   y2 = relu(conv3x3(y1) * scale2 + shift2)
 //   out = relu(conv1x1(y2) * scale3 + shift3 + residual)
 //   next_y1 = relu(conv1x1(out) * next_scale1 + next_shift1), the next block's first convolution
+// It begins with y1, or with x, which then is the residual, too.
 //
 // A batch is one row of pixels. A block walks over a part of it, some pixels a step; the y1 of
 // these pixels and of the rows above and below lies in a ring in shared memory, so that a pixel is
@@ -11,7 +13,7 @@
 // channels neighbours, by the order of columns and summed channels in which the weights were packed
 // (bottleneck_weights.h). All weights stream through shared memory in every step, from the
 // second-level cache.
-// Bytes per pixel, in 16 bits: y1 2M, residual and out 8M each, next_y1 2M.
+// Bytes per pixel, in 16 bits: y1 2M or none, residual and out 8M each, next_y1 2M or none.
 #pragma once
 
 #include <cstdint>
@@ -21,21 +23,32 @@
 
 namespace resnet_fused {
 
-// M channels of y1 and y2, y2 and what follows in the dtype T of the tensors. kRowTiles tiles of 16
-// pixels for each warp; kStages blocks of weights in shared memory, all but one of them under way;
-// registers leave room for kResidentBlocks.
-template <class T_, int kMiddle_, bool kComputesNext_, int kWarps_, int kRowTiles_,
-          int kResidentBlocks_>
+// What a kernel computes of a block.
+struct Tail {
+  static constexpr bool kBeginsAtX = false, kComputesNext = false;
+};
+struct Roll {
+  static constexpr bool kBeginsAtX = false, kComputesNext = true;
+};
+struct WholeBlock {
+  static constexpr bool kBeginsAtX = true, kComputesNext = false;
+};
+
+// M channels of y1 and y2, in the dtype T of the tensors. kRowTiles tiles of 16 pixels for each
+// warp; kStages blocks of weights in shared memory, all but one of them under way; registers leave
+// room for kResidentBlocks.
+template <class T_, class Part, int kMiddle_, int kWarps_, int kRowTiles_, int kResidentBlocks_>
 struct Chain {
   using T = T_;
+  static constexpr bool kBeginsAtX = Part::kBeginsAtX, kComputesNext = Part::kComputesNext;
   static constexpr int kMiddle = kMiddle_, kWide = kExpansion * kMiddle;
-  static constexpr bool kComputesNext = kComputesNext_;
   static constexpr int kThreads = kWarps_ * kWarp, kResidentBlocks = kResidentBlocks_;
   static constexpr int kRowTiles = kRowTiles_;
   static constexpr int kWarpPixels = 16 * kRowTiles, kPixels = kWarps_ * kWarpPixels;  // of a step
   static constexpr int kStages = 4;
-  static constexpr ChainShape kShape{kMiddle, false, kComputesNext};
-  static constexpr int kSides = kShape.sides(), kBlocks = kShape.blocks();
+  static constexpr ChainShape kShape{kMiddle, kBeginsAtX, kComputesNext};
+  static constexpr int kSides = kShape.sides();
+  static constexpr int kBlocks = kShape.blocks(), kBlocksBefore = kShape.blocks_before();
   static constexpr int kColumnPairs = kShape.columns() / 2;
   static constexpr int kCoefficientBytes = kColumnPairs * static_cast<int>(sizeof(float4));
 
@@ -45,8 +58,8 @@ struct Chain {
 };
 
 struct ChainParameters {
-  const void *y1, *residual;
-  const void* weights;  // packed
+  const void *y1, *residual;  // y1 is null where it is computed from x, which is the residual
+  const void* weights;        // packed
   void *out, *next_y1;
   int pixels, steps;
   Divider width, height;
@@ -68,11 +81,16 @@ constexpr int64_t shared_bytes(int64_t ring_pixels) {
   return Chain::kStages * kBlockBytes + Chain::kCoefficientBytes + ring_bytes<Chain>(ring_pixels);
 }
 
+// Of the coefficients of a column.
+constexpr int kBytesOfColumn = sizeof(float4) / 2;
+
+__device__ __forceinline__ int warp() { return threadIdx.x / kWarp; }
 __device__ __forceinline__ int lane() { return threadIdx.x % kWarp; }
 
 // ---- Weights ----
 
-// Block after block from global memory, and from the beginning again.
+// Block after block from global memory, and from the beginning again. conv1 comes some times before
+// what follows it comes for the first time.
 template <class Chain>
 class WeightStream {
   static constexpr int kThreads = Chain::kThreads, kStages = Chain::kStages;
@@ -81,9 +99,10 @@ class WeightStream {
 
  public:
   // The first blocks, and whatever this thread has copied before, are under way.
-  __device__ __forceinline__ explicit WeightStream(const void* weights)
+  __device__ __forceinline__ WeightStream(const void* weights, int first_passes)
       : weights_(static_cast<const uint8_t*>(weights) + threadIdx.x * kChunkBytes),
-        shared_(ptx::dynamic_shared()) {
+        shared_(ptx::dynamic_shared()),
+        passes_(first_passes) {
 #pragma unroll
     for (int stage = 0; stage < kStages - 1; ++stage) copy_block(stage * kBlockBytes);
     // Where ldmatrix begins to read: rows of two tiles of columns, in both halves of a product.
@@ -96,14 +115,15 @@ class WeightStream {
   __device__ __forceinline__ SharedAddress next() {
     ptx::wait_for_copies<kStages - 2>();
     __syncthreads();
-    const uint32_t last = read_ == 0 ? (kStages - 1) * kBlockBytes : read_ - kBlockBytes;
-    copy_block(last);
+    copy_block(read_ == 0 ? kLastStage : read_ - kBlockBytes);
     const SharedAddress block = first_ + read_;
-    read_ = read_ == (kStages - 1) * kBlockBytes ? 0 : read_ + kBlockBytes;
+    read_ = read_ == kLastStage ? 0 : read_ + kBlockBytes;
     return block;
   }
 
  private:
+  static constexpr uint32_t kLastStage = (kStages - 1) * kBlockBytes;
+
   __device__ __forceinline__ void copy_block(uint32_t stage) {
     const uint8_t* from = weights_ + ahead_ * kBlockBytes;
 #pragma unroll
@@ -113,12 +133,16 @@ class WeightStream {
     }
     ptx::commit_copies();
     ahead_ = ahead_ + 1 == Chain::kBlocks ? 0 : ahead_ + 1;
+    if constexpr (Chain::kBeginsAtX) {
+      if (ahead_ == Chain::kBlocksBefore && --passes_ > 0) ahead_ = 0;
+    }
   }
 
   const uint8_t* weights_;
   const SharedAddress shared_;
   SharedAddress first_;
-  int ahead_ = 0;      // the block to be copied next
+  int passes_;         // over conv1 that are left of the first ones
+  int ahead_ = 0;      // the block that is copied next
   uint32_t read_ = 0;  // the stage that is used next
 };
 
@@ -214,30 +238,67 @@ __device__ __forceinline__ void add_relu(typename Chain::Sum& sum,
   });
 }
 
-// ---- Pixels in global memory ----
+// ---- Pixels in memory ----
 
-// The lane's share of a step in tensors whose channels were brought together by channel_of_column:
-// 8 channels in each half of 64, of two pixels in each tile of rows.
+// Where channels were brought together by channel_of_column, a lane has 16 bytes in each 32
+// channels, of two pixels in each tile of rows.
+constexpr int kGroupChunks = 32 / 8;
+
+// Calls visit(i, half, group) for each 16 bytes of a lane's fragments.
+template <class Chain, class Visit>
+__device__ __forceinline__ void for_each_chunk(Visit visit) {
+#pragma unroll
+  for (int group = 0; group < kBlockSide / 32; ++group) {
+#pragma unroll
+    for (int i = 0; i < Chain::kRowTiles; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) visit(i, half, group);
+    }
+  }
+}
+
+template <class Chain>
+__device__ __forceinline__ uint4 get_chunk(const typename Chain::Fragments& fragments, int i,
+                                           int half, int group) {
+  return {fragments[2 * group][i][half], fragments[2 * group][i][2 + half],
+          fragments[2 * group + 1][i][half], fragments[2 * group + 1][i][2 + half]};
+}
+
+template <class Chain>
+__device__ __forceinline__ void set_chunk(typename Chain::Fragments& fragments, int i, int half,
+                                          int group, const uint4& chunk) {
+  fragments[2 * group][i][half] = chunk.x;
+  fragments[2 * group][i][2 + half] = chunk.y;
+  fragments[2 * group + 1][i][half] = chunk.z;
+  fragments[2 * group + 1][i][2 + half] = chunk.w;
+}
+
+// Of a lane's 16 bytes, in as many pixels as a step has.
+template <class Chain>
+__device__ __forceinline__ int pixel_of_chunk(int i, int half) {
+  return warp() * Chain::kWarpPixels + 16 * i + 8 * half + lane() / 4;
+}
+
+__device__ __forceinline__ bool exists(const ChainParameters& p, int pixel) {
+  return static_cast<unsigned>(pixel) < static_cast<unsigned>(p.pixels);
+}
+
+// A lane's share of as many pixels as a step has, in a tensor of kChannels.
 template <class Chain>
 class LanePixels {
  public:
   __device__ __forceinline__ LanePixels(const ChainParameters& p, int first_pixel)
-      : first_(first_pixel + static_cast<int>(threadIdx.x) / kWarp * Chain::kWarpPixels +
-               lane() / 4),
-        left_(p.pixels - first_) {}
+      : p_(p), first_(first_pixel) {}
 
-  // Pixels behind the last one are zero.
+  // Of 64 channels. Pixels that do not exist are zero.
   template <int kChannels>
   __device__ __forceinline__ void read(typename Chain::Fragments& fragments, const void* tensor,
                                        int first_channel) const {
     const uint4* from = static_cast<const uint4*>(tensor) + offset<kChannels>(first_channel);
-    for_each([&](int i, int half, int group) {
+    for_each_chunk<Chain>([&](int i, int half, int group) {
       uint4 chunk{0, 0, 0, 0};
-      if (exists(i, half)) chunk = load(from + step<kChannels>(i, half, group));
-      fragments[2 * group][i][half] = chunk.x;
-      fragments[2 * group][i][2 + half] = chunk.y;
-      fragments[2 * group + 1][i][half] = chunk.z;
-      fragments[2 * group + 1][i][2 + half] = chunk.w;
+      if (has(i, half)) chunk = load(from + step<kChannels>(i, half, group));
+      set_chunk<Chain>(fragments, i, half, group, chunk);
     });
   }
 
@@ -245,50 +306,39 @@ class LanePixels {
   __device__ __forceinline__ void write(const typename Chain::Fragments& fragments, void* tensor,
                                         int first_channel) const {
     uint4* to = static_cast<uint4*>(tensor) + offset<kChannels>(first_channel);
-    for_each([&](int i, int half, int group) {
-      const uint4 chunk{fragments[2 * group][i][half], fragments[2 * group][i][2 + half],
-                        fragments[2 * group + 1][i][half], fragments[2 * group + 1][i][2 + half]};
-      if (exists(i, half)) store(to + step<kChannels>(i, half, group), chunk);
+    for_each_chunk<Chain>([&](int i, int half, int group) {
+      const uint4 chunk = get_chunk<Chain>(fragments, i, half, group);
+      if (has(i, half)) store(to + step<kChannels>(i, half, group), chunk);
     });
   }
 
  private:
-  static constexpr int kChunkChannels = kChunk<typename Chain::T>;
-  static constexpr int kGroupChunks = 4;  // of 32 channels, one for each lane of a pixel
+  template <int kChannels>
+  static constexpr int kChunksOfPixel = kChannels / kChunk<typename Chain::T>;
 
-  template <class Body>
-  static __device__ __forceinline__ void for_each(Body body) {
-#pragma unroll
-    for (int group = 0; group < 2; ++group) {
-#pragma unroll
-      for (int i = 0; i < Chain::kRowTiles; ++i) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) body(i, half, group);
-      }
-    }
+  __device__ __forceinline__ bool has(int i, int half) const {
+    return exists(p_, first_ + pixel_of_chunk<Chain>(i, half));
   }
 
-  __device__ __forceinline__ bool exists(int i, int half) const {
-    return 16 * i + 8 * half < left_;
-  }
-
+  // Of the lane's first 16 bytes, and from these to others.
   template <int kChannels>
   __device__ __forceinline__ int64_t offset(int first_channel) const {
-    return (static_cast<int64_t>(first_) * kChannels + first_channel) / kChunkChannels +
-           lane() % kGroupChunks;
+    return static_cast<int64_t>(first_ + pixel_of_chunk<Chain>(0, 0)) * kChunksOfPixel<kChannels> +
+           first_channel / kChunk<typename Chain::T> + lane() % kGroupChunks;
   }
   template <int kChannels>
   static __device__ __forceinline__ int step(int i, int half, int group) {
-    return (16 * i + 8 * half) * (kChannels / kChunkChannels) + group * kGroupChunks;
+    return (16 * i + 8 * half) * kChunksOfPixel<kChannels> + group * kGroupChunks;
   }
 
-  const int first_, left_;
+  const ChainParameters& p_;
+  const int first_;
 };
 
 // ---- y1 ----
 
-// The y1 of the pixels around a step. 64 channels of a pixel are a row of 128 bytes; the next 64
-// are in the next plane, each of which ends with a row of zeros.
+// The y1 of the pixels of a step and around it. 64 channels of a pixel are a row of 128 bytes; the
+// next 64 are in the next plane, each of which ends with a row of zeros.
 template <class Chain>
 class Ring {
   static constexpr int kChunksOfRow = kBlockRowBytes / kChunkBytes;
@@ -297,25 +347,56 @@ class Ring {
   static_assert(Chain::kThreads % kChunksOfPixel == 0);
 
  public:
-  // Starts copies of what the step at this pixel needs.
-  __device__ __forceinline__ Ring(const ChainParameters& p, SharedAddress memory, int first_pixel)
+  __device__ __forceinline__ Ring(const ChainParameters& p, SharedAddress memory, int first_of_step)
       : p_(p),
         memory_(memory),
         plane_bytes_(static_cast<uint32_t>(ring_bytes<Chain>(p.ring_pixels)) / Chain::kSides),
-        first_(first_pixel - p.width.divisor() - 1) {
+        first_(first_of_step - p.width.divisor() - 1) {
     for (int i = threadIdx.x; i < kChunksOfPixel; i += Chain::kThreads) {
       ptx::store_shared(
           row(p.ring_pixels) + i / kChunksOfRow * plane_bytes_ + i % kChunksOfRow * kChunkBytes,
           uint4{0, 0, 0, 0});
     }
-    copy(0, Chain::kPixels + halo());
   }
 
-  // Goes on to the next step: starts copies of what it needs in place of what only this one did.
+  // Goes on to the next step. Its last pixels, as many as a step has, take the place of what only
+  // this step needed.
   __device__ __forceinline__ void advance() {
     first_ += Chain::kPixels;
     start_ = wrap(start_ + Chain::kPixels);
-    copy(halo(), Chain::kPixels + halo());
+  }
+
+  // Positions begin with the first pixel that a step needs. From here on they are not in the ring
+  // after advance().
+  __device__ __forceinline__ int new_position() const { return 2 * p_.width.divisor() + 2; }
+  __device__ __forceinline__ int pixel(int position) const { return first_ + position; }
+
+  // Starts copies of all pixels from this position on.
+  __device__ __forceinline__ void copy(int position) const {
+    const int chunk = threadIdx.x % kChunksOfPixel;
+    const SharedAddress plane = chunk / kChunksOfRow * plane_bytes_;
+    const auto* y1 =
+        static_cast<const uint4*>(p_.y1) + static_cast<int64_t>(first_) * kChunksOfPixel + chunk;
+    const int end = new_position() + Chain::kPixels;
+    for (int i = position + threadIdx.x / kChunksOfPixel; i < end; i += kPixelsApart) {
+      if (!exists(p_, pixel(i))) continue;
+      const int slot = wrap(start_ + i);
+      ptx::copy_async(row(slot) + plane + row_offset(slot, chunk % kChunksOfRow),
+                      y1 + i * kChunksOfPixel, true);
+    }
+  }
+
+  // Stores 64 channels of as many pixels as a step has. They may begin before the first position.
+  __device__ __forceinline__ void put(const typename Chain::Fragments& y1, int plane,
+                                      int position) const {
+    for_each_chunk<Chain>([&](int i, int half, int group) {
+      const int own = position + pixel_of_chunk<Chain>(i, half);
+      if (own < 0 || !exists(p_, pixel(own))) return;
+      const int slot = wrap(start_ + own);
+      ptx::store_shared(row(slot) + plane * plane_bytes_ +
+                            row_offset(slot, group * kGroupChunks + lane() % kGroupChunks),
+                        get_chunk<Chain>(y1, i, half, group));
+    });
   }
 
   // Where a lane finds the pixels of one step, for ldmatrix.
@@ -325,8 +406,7 @@ class Ring {
       const int width = ring.p_.width.divisor(), height = ring.p_.height.divisor();
 #pragma unroll
       for (int i = 0; i < Chain::kRowTiles; ++i) {
-        const int in_step =
-            static_cast<int>(threadIdx.x) / kWarp * Chain::kWarpPixels + 16 * i + lane() % 16;
+        const int in_step = warp() * Chain::kWarpPixels + 16 * i + lane() % 16;
         const int pixel = ring.first_ + width + 1 + in_step;
         const int row = ring.p_.width.divide(pixel);
         const int x = pixel - row * width;
@@ -374,8 +454,6 @@ class Ring {
   };
 
  private:
-  // Of the pixels around a step that are not its own.
-  __device__ __forceinline__ int halo() const { return 2 * p_.width.divisor() + 2; }
   __device__ __forceinline__ int wrap(int slot) const {
     return slot >= p_.ring_pixels ? slot - p_.ring_pixels : slot;
   }
@@ -383,25 +461,11 @@ class Ring {
     return memory_ + slot * kBlockRowBytes;
   }
 
-  // Of the pixels around the step from one to another, those that exist.
-  __device__ __forceinline__ void copy(int from, int to) const {
-    const int chunk = threadIdx.x % kChunksOfPixel;
-    const SharedAddress plane = chunk / kChunksOfRow * plane_bytes_;
-    const auto* y1 =
-        static_cast<const uint4*>(p_.y1) + static_cast<int64_t>(first_) * kChunksOfPixel + chunk;
-    for (int i = from + threadIdx.x / kChunksOfPixel; i < to; i += kPixelsApart) {
-      if (first_ + i < 0 || first_ + i >= p_.pixels) continue;
-      const int slot = wrap(start_ + i);
-      ptx::copy_async(row(slot) + plane + row_offset(slot, chunk % kChunksOfRow),
-                      y1 + i * kChunksOfPixel, true);
-    }
-  }
-
   const ChainParameters& p_;
   const SharedAddress memory_;
   const uint32_t plane_bytes_;
-  int first_;  // pixel, which may lie before all images, and its slot
-  int start_ = 0;
+  int first_;      // pixel, which may lie before all images
+  int start_ = 0;  // its slot
 };
 
 // ---- The kernel ----
@@ -423,6 +487,39 @@ __device__ __forceinline__ void prefetch_step(const ChainParameters& p, const vo
   }
 }
 
+// Computes y1 of the last pixels that a step needs, `passes` times as many as it has.
+template <class Chain>
+__device__ __forceinline__ void compute_y1(const ChainParameters& p, const Ring<Chain>& ring,
+                                           WeightStream<Chain>& weights, SharedAddress coefficients,
+                                           int passes) {
+  constexpr int kSides = Chain::kSides, kSteps = kExpansion * kSides;
+  int position = ring.new_position() - (passes - 1) * Chain::kPixels;
+#pragma unroll 1
+  for (; passes > 0; --passes, position += Chain::kPixels) {
+    const LanePixels<Chain> pixels(p, ring.pixel(position));
+    typename Chain::Sum sum[kSides];
+#pragma unroll
+    for (int n = 0; n < kSides; ++n) clear<Chain>(sum[n]);
+    typename Chain::Fragments x[2];
+    pixels.template read<Chain::kWide>(x[0], p.residual, 0);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      if (k + 1 < kSteps) {
+        pixels.template read<Chain::kWide>(x[(k + 1) % 2], p.residual, (k + 1) * kBlockSide);
+      }
+#pragma unroll
+      for (int n = 0; n < kSides; ++n) multiply<Chain>(sum[n], x[k % 2], weights.next());
+    }
+#pragma unroll
+    for (int n = 0; n < kSides; ++n) {
+      scale_shift<Chain>(sum[n], coefficients + n * kBlockSide * kBytesOfColumn);
+      typename Chain::Fragments y1;
+      relu<Chain>(sum[n], y1);
+      ring.put(y1, n, position);
+    }
+  }
+}
+
 // Grid: as many parts of the steps.
 template <class Chain>
 __global__ void __launch_bounds__(Chain::kThreads, Chain::kResidentBlocks)
@@ -430,21 +527,32 @@ __global__ void __launch_bounds__(Chain::kThreads, Chain::kResidentBlocks)
   using Sum = typename Chain::Sum;
   using Fragments = typename Chain::Fragments;
   constexpr int kSides = Chain::kSides, kStages = Chain::kStages;
-  constexpr int kBytesOfColumn = sizeof(float4) / 2;
-  const SharedAddress coefficients = ptx::dynamic_shared() + kStages * kBlockBytes;
+  const SharedAddress of_conv2 = ptx::dynamic_shared() + kStages * kBlockBytes;
+  const SharedAddress of_conv3 = of_conv2 + Chain::kMiddle * kBytesOfColumn;
+  const SharedAddress of_conv1 = of_conv3 + Chain::kWide * kBytesOfColumn;
   const auto* packed = static_cast<const uint4*>(p.weights);
   for (int i = threadIdx.x; i < Chain::kColumnPairs; i += Chain::kThreads) {
     constexpr int kBehindBlocks = Chain::kBlocks * (kBlockBytes / kChunkBytes);
-    ptx::store_shared(coefficients + i * kChunkBytes, load(packed + kBehindBlocks + i));
+    ptx::store_shared(of_conv2 + i * kChunkBytes, load(packed + kBehindBlocks + i));
   }
 
   int step = static_cast<int>(static_cast<int64_t>(p.steps) * blockIdx.x / gridDim.x);
   const int end = static_cast<int>(static_cast<int64_t>(p.steps) * (blockIdx.x + 1) / gridDim.x);
-  Ring<Chain> ring(p, coefficients + Chain::kCoefficientBytes, step * Chain::kPixels);
-  WeightStream<Chain> weights(p.weights);
+  Ring<Chain> ring(p, of_conv2 + Chain::kCoefficientBytes, step * Chain::kPixels);
+  if constexpr (!Chain::kBeginsAtX) ring.copy(0);
+  // The first step computes all y1 that it needs, later ones what is new.
+  int passes = 1 + (ring.new_position() + Chain::kPixels - 1) / Chain::kPixels;
+  WeightStream<Chain> weights(p.weights, passes);
 #pragma unroll 1
   for (; step < end; ++step) {
-    prefetch_step<Chain>(p, p.residual, step * Chain::kPixels);
+    if constexpr (Chain::kBeginsAtX) {
+      compute_y1<Chain>(p, ring, weights, of_conv1, passes);
+      passes = 1;
+      // Of the next step's y1. The residual was read for that of an earlier one.
+      prefetch_step<Chain>(p, p.residual, ring.pixel(ring.new_position() + Chain::kPixels));
+    } else {
+      prefetch_step<Chain>(p, p.residual, step * Chain::kPixels);
+    }
     Fragments y2[kSides];
     {
       Sum sum[kSides];
@@ -460,7 +568,7 @@ __global__ void __launch_bounds__(Chain::kThreads, Chain::kResidentBlocks)
 #pragma unroll
           for (int n = 0; n < kSides; ++n) {
             const SharedAddress block = weights.next();
-            // Behind the barrier, at the first tap: y1 has landed.
+            // Behind the barrier, at the first tap: then y1 is there.
             if (n == 0) rows.read(y1, k);
             multiply<Chain>(sum[n], y1, block);
           }
@@ -468,19 +576,22 @@ __global__ void __launch_bounds__(Chain::kThreads, Chain::kResidentBlocks)
       }
 #pragma unroll
       for (int n = 0; n < kSides; ++n) {
-        scale_shift<Chain>(sum[n], coefficients + n * kBlockSide * kBytesOfColumn);
+        scale_shift<Chain>(sum[n], of_conv2 + n * kBlockSide * kBytesOfColumn);
         relu<Chain>(sum[n], y2[n]);
       }
     }
-    // All have read the ring.
-    __syncthreads();
-    if (step + 1 < end) ring.advance();
-    static_assert(Chain::kShape.blocks_behind() >= kStages - 1, "y1 lands before the next step");
+    ring.advance();
+    if constexpr (!Chain::kBeginsAtX) {
+      // All have read the ring.
+      __syncthreads();
+      if (step + 1 < end) ring.copy(ring.new_position());
+      static_assert(Chain::kShape.blocks_behind() >= kStages - 1, "y1 lands before the next step");
+    }
 
     const LanePixels<Chain> pixels(p, step * Chain::kPixels);
     Sum next[Chain::kComputesNext ? kSides : 1];
 #pragma unroll
-    for (Sum& of_columns : next) clear<Chain>(of_columns);
+    for (Sum& sum : next) clear<Chain>(sum);
 #pragma unroll 1
     for (int chunk = 0; chunk < Chain::kWide; chunk += kBlockSide) {
       Fragments out;
@@ -489,7 +600,7 @@ __global__ void __launch_bounds__(Chain::kThreads, Chain::kResidentBlocks)
       clear<Chain>(sum);
 #pragma unroll
       for (int k = 0; k < kSides; ++k) multiply<Chain>(sum, y2[k], weights.next());
-      scale_shift<Chain>(sum, coefficients + (Chain::kMiddle + chunk) * kBytesOfColumn);
+      scale_shift<Chain>(sum, of_conv3 + chunk * kBytesOfColumn);
       add_relu<Chain>(sum, out);
       pixels.template write<Chain::kWide>(out, p.out, chunk);
       if constexpr (Chain::kComputesNext) {
@@ -500,8 +611,7 @@ __global__ void __launch_bounds__(Chain::kThreads, Chain::kResidentBlocks)
     if constexpr (Chain::kComputesNext) {
 #pragma unroll
       for (int n = 0; n < kSides; ++n) {
-        const int column = Chain::kMiddle + Chain::kWide + n * kBlockSide;
-        scale_shift<Chain>(next[n], coefficients + column * kBytesOfColumn);
+        scale_shift<Chain>(next[n], of_conv1 + n * kBlockSide * kBytesOfColumn);
         Fragments next_y1;
         relu<Chain>(next[n], next_y1);
         pixels.template write<Chain::kMiddle>(next_y1, p.next_y1, n * kBlockSide);

@@ -25,13 +25,14 @@ void dispatch_16_bits(const char* op, const char* name, const Tensor& x, Body&& 
   }
 }
 
-// The activations and convolutions of a bottleneck behind its first one.
-struct BottleneckTail {
-  const Tensor &y1, &residual;
+struct Bottleneck {
+  const Tensor* y1;                // null where it is computed from x
+  const Tensor& residual;          // or x
+  const FoldedConvolution* conv1;  // of this block, or of the next one, or null
   FoldedConvolution conv2, conv3;
 };
 
-// Throws unless y1 is (N, M, H, W) in channels_last.
+// Throws unless x is (N, C, H, W) in channels_last.
 inline void check_chain_input(const char* op, const char* name, const Tensor& x) {
   check_activation(op, name, x);
   dispatch_16_bits(op, name, x, [](auto) {});
@@ -46,42 +47,48 @@ inline void check_chain_input(const char* op, const char* name, const Tensor& x)
                      " pixels, got ", pixels);
 }
 
-inline void check_tail(const char* op, const BottleneckTail& tail) {
-  check_chain_input(op, "y1", tail.y1);
-  const int64_t middle = tail.y1.size(1), wide = kExpansion * middle;
-  const std::array<int64_t, 4> shape = {tail.y1.size(0), wide, tail.y1.size(2), tail.y1.size(3)};
-  RESNET_FUSED_CHECK(tail.residual.sizes() == torch::headeronly::IntHeaderOnlyArrayRef(shape), op,
+// y1 and the residual that goes with it.
+inline void check_chain_inputs(const char* op, const Tensor& y1, const Tensor& residual) {
+  check_chain_input(op, "y1", y1);
+  const std::array<int64_t, 4> shape = {y1.size(0), kExpansion * y1.size(1), y1.size(2),
+                                        y1.size(3)};
+  RESNET_FUSED_CHECK(residual.sizes() == torch::headeronly::IntHeaderOnlyArrayRef(shape), op,
                      ": residual must have shape ", to_string(shape), ", got ",
-                     to_string(tail.residual.sizes()));
-  RESNET_FUSED_CHECK(tail.residual.scalar_type() == tail.y1.scalar_type(), op,
+                     to_string(residual.sizes()));
+  RESNET_FUSED_CHECK(residual.scalar_type() == y1.scalar_type(), op,
                      ": residual must have the dtype of y1 ",
-                     torch::headeronly::toString(tail.y1.scalar_type()), ", got ",
-                     torch::headeronly::toString(tail.residual.scalar_type()));
-  RESNET_FUSED_CHECK(tail.residual.device() == tail.y1.device(), op,
+                     torch::headeronly::toString(y1.scalar_type()), ", got ",
+                     torch::headeronly::toString(residual.scalar_type()));
+  RESNET_FUSED_CHECK(residual.device() == y1.device(), op,
                      ": residual must be on the device of y1");
-  check_chain_input(op, "residual", tail.residual);
-  check_folded(op, tail.conv2, middle, middle, 3, tail.y1);
-  check_folded(op, tail.conv3, wide, middle, 1, tail.y1);
+  check_chain_input(op, "residual", residual);
 }
 
-// out, next_y1: like the results, and next_y1 and next_conv1 null where the kernel has none.
+// Of a block with so many channels in its 3x3 convolution.
+inline void check_convolutions(const char* op, const Bottleneck& block, int64_t middle) {
+  const int64_t wide = kExpansion * middle;
+  check_folded(op, block.conv2, middle, middle, 3, block.residual);
+  check_folded(op, block.conv3, wide, middle, 1, block.residual);
+  if (block.conv1) check_folded(op, *block.conv1, middle, wide, 1, block.residual);
+}
+
+// out: like the residual. next_y1: null where the kernel has none.
 template <class Chain>
-void launch_bottleneck(const char* op, const BottleneckTail& tail,
-                       const FoldedConvolution* next_conv1, void* out, void* next_y1) {
-  const Tensor& y1 = tail.y1;
-  const int device = y1.get_device_index();
-  const int64_t width = y1.size(3), height = y1.size(2);
-  const int64_t pixels = y1.size(0) * height * width;
+void launch_bottleneck(const char* op, const Bottleneck& block, void* out, void* next_y1) {
+  const Tensor& residual = block.residual;
+  const int device = residual.get_device_index();
+  const int64_t width = residual.size(3), height = residual.size(2);
+  const int64_t pixels = residual.size(0) * height * width;
   const int64_t ring = ring_pixels(Chain::kPixels, width);
   const int64_t shared = shared_bytes<Chain>(ring);
-  RESNET_FUSED_CHECK(shared <= most_shared_bytes(device), op, ": y1 must be less wide for ",
-                     Chain::kMiddle, " channels, got ", width, " pixels, for which a block needs ",
+  RESNET_FUSED_CHECK(shared <= most_shared_bytes(device), op, ": images must be less wide with ",
+                     Chain::kWide, " channels, got ", width, " pixels, for which a block needs ",
                      shared, " bytes of shared memory where it can have ",
                      most_shared_bytes(device), " (use conv_bn_relu)");
-  const Tensor weights = pack_chain(Chain::kShape, next_conv1, tail.conv2, tail.conv3, y1);
+  const Tensor weights = pack_chain(Chain::kShape, block.conv1, block.conv2, block.conv3, residual);
   const int64_t steps = ceil_div(pixels, Chain::kPixels);
-  const ChainParameters p{y1.const_data_ptr(),
-                          tail.residual.const_data_ptr(),
+  const ChainParameters p{block.y1 ? block.y1->const_data_ptr() : nullptr,
+                          residual.const_data_ptr(),
                           weights.const_data_ptr(),
                           out,
                           next_y1,
@@ -94,7 +101,7 @@ void launch_bottleneck(const char* op, const BottleneckTail& tail,
       std::min<int64_t>(steps, int64_t{Chain::kResidentBlocks} * multiprocessor_count(device));
   allow_shared_bytes(bottleneck_kernel<Chain>, shared);
   RESNET_FUSED_LAUNCH((bottleneck_kernel<Chain>), static_cast<unsigned>(blocks), Chain::kThreads,
-                      shared, current_stream(y1), p);
+                      shared, current_stream(residual), p);
 }
 
 }  // namespace resnet_fused

@@ -13,28 +13,32 @@ std::tuple<Tensor, Tensor> bottleneck_roll_cuda(
     const Tensor& shift2, const Tensor& weight3, const Tensor& scale3, const Tensor& shift3,
     const Tensor& next_weight1, const Tensor& next_scale1, const Tensor& next_shift1) {
   const char* op = "bottleneck_roll";
-  const BottleneckTail tail{
-      y1, residual, {"", "2", weight2, scale2, shift2}, {"", "3", weight3, scale3, shift3}};
-  const FoldedConvolution next{"next_", "1", next_weight1, next_scale1, next_shift1};
-  check_tail(op, tail);
-  check_folded(op, next, y1.size(1), residual.size(1), 1, y1);
+  check_chain_inputs(op, y1, residual);
+  const int64_t middle = y1.size(1);
+  const FoldedConvolution conv1{"next_", "1", next_weight1, next_scale1, next_shift1};
+  const Bottleneck block{&y1,
+                         residual,
+                         &conv1,
+                         {"", "2", weight2, scale2, shift2},
+                         {"", "3", weight3, scale3, shift3}};
+  check_convolutions(op, block, middle);
   const DeviceGuard guard(y1.get_device_index());
   Tensor out = allocate_result(y1, y1.size(0), residual.size(1), y1.size(2), y1.size(3));
-  Tensor next_y1 = allocate_result(y1, y1.size(0), y1.size(1), y1.size(2), y1.size(3));
+  Tensor next_y1 = allocate_result(y1, y1.size(0), middle, y1.size(2), y1.size(3));
   if (out.numel() == 0) return {out, next_y1};
   dispatch_16_bits(op, "y1", y1, [&](auto element) {
     using T = decltype(element);
     void* const to = out.mutable_data_ptr();
     void* const next_to = next_y1.mutable_data_ptr();
-    switch (y1.size(1)) {
+    switch (middle) {
       case 64:
-        return launch_bottleneck<Chain<T, 64, true, 4, 2, 2>>(op, tail, &next, to, next_to);
+        return launch_bottleneck<Chain<T, Roll, 64, 4, 2, 2>>(op, block, to, next_to);
       case 128:
-        // Two tiles of rows for each warp would spill: the sums of y2, then those of out and of all
-        // of next_y1 together with y2 are 288 registers.
-        return launch_bottleneck<Chain<T, 128, true, 8, 1, 1>>(op, tail, &next, to, next_to);
+        // Two tiles of rows for each warp would spill: y2, the sums of next_y1 and those of out are
+        // 256 registers.
+        return launch_bottleneck<Chain<T, Roll, 128, 8, 1, 1>>(op, block, to, next_to);
       default:
-        fail(op, ": y1 must have 64 or 128 channels, got ", y1.size(1), " (use bottleneck_tail)");
+        fail(op, ": y1 must have 64 or 128 channels, got ", middle, " (use bottleneck_tail)");
     }
   });
   return {out, next_y1};

@@ -10,24 +10,30 @@ Tensor bottleneck_tail_cuda(const Tensor& y1, const Tensor& residual, const Tens
                             const Tensor& scale2, const Tensor& shift2, const Tensor& weight3,
                             const Tensor& scale3, const Tensor& shift3) {
   const char* op = "bottleneck_tail";
-  const BottleneckTail tail{
-      y1, residual, {"", "2", weight2, scale2, shift2}, {"", "3", weight3, scale3, shift3}};
-  check_tail(op, tail);
+  check_chain_inputs(op, y1, residual);
+  const int64_t middle = y1.size(1);
+  const Bottleneck block{&y1,
+                         residual,
+                         nullptr,
+                         {"", "2", weight2, scale2, shift2},
+                         {"", "3", weight3, scale3, shift3}};
+  check_convolutions(op, block, middle);
   const DeviceGuard guard(y1.get_device_index());
   Tensor out = allocate_result(y1, y1.size(0), residual.size(1), y1.size(2), y1.size(3));
   if (out.numel() == 0) return out;
   dispatch_16_bits(op, "y1", y1, [&](auto element) {
     using T = decltype(element);
     void* const to = out.mutable_data_ptr();
-    switch (y1.size(1)) {
+    switch (middle) {
       case 64:
-        return launch_bottleneck<Chain<T, 64, false, 4, 2, 2>>(op, tail, nullptr, to, nullptr);
+        return launch_bottleneck<Chain<T, Tail, 64, 4, 2, 2>>(op, block, to, nullptr);
       case 128:
-        return launch_bottleneck<Chain<T, 128, false, 8, 2, 1>>(op, tail, nullptr, to, nullptr);
+        return launch_bottleneck<Chain<T, Tail, 128, 8, 2, 1>>(op, block, to, nullptr);
       case 256:
-        return launch_bottleneck<Chain<T, 256, false, 8, 1, 1>>(op, tail, nullptr, to, nullptr);
+        // With two tiles of rows for each warp, the sums alone would fill the registers.
+        return launch_bottleneck<Chain<T, Tail, 256, 8, 1, 1>>(op, block, to, nullptr);
       default:
-        fail(op, ": y1 must have 64, 128 or 256 channels, got ", y1.size(1), " (use conv_bn_relu)");
+        fail(op, ": y1 must have 64, 128 or 256 channels, got ", middle, " (use conv_bn_relu)");
     }
   });
   return out;

@@ -125,36 +125,34 @@ UnpackedConvolution unpacked(const FoldedConvolution& conv) {
 }  // namespace
 
 void check_folded(const char* op, const FoldedConvolution& conv, int64_t columns, int64_t summed,
-                  int64_t side, const Tensor& y1) {
+                  int64_t side, const Tensor& x) {
   const auto name = [&](const char* what) { return conv.prefix + std::string(what) + conv.number; };
   const std::array<int64_t, 4> expected = {columns, summed, side, side};
-  RESNET_FUSED_CHECK(conv.weight.device() == y1.device(), op, ": ", name("weight"),
-                     " must be on the device of y1");
+  RESNET_FUSED_CHECK(conv.weight.device() == x.device(), op, ": ", name("weight"),
+                     " must be on the device of x");
   RESNET_FUSED_CHECK(conv.weight.sizes() == torch::headeronly::IntHeaderOnlyArrayRef(expected), op,
                      ": ", name("weight"), " must have shape ", to_string(expected), ", got ",
                      to_string(conv.weight.sizes()));
   dispatch_floating(op, name("weight").c_str(), conv.weight.scalar_type(), [](auto) {});
-  check_coefficients(op, name("scale").c_str(), conv.scale, columns, y1);
-  check_coefficients(op, name("shift").c_str(), conv.shift, columns, y1);
+  check_coefficients(op, name("scale").c_str(), conv.scale, columns, x);
+  check_coefficients(op, name("shift").c_str(), conv.shift, columns, x);
 }
 
 Tensor pack_chain(const ChainShape& shape, const FoldedConvolution* conv1,
-                  const FoldedConvolution& conv2, const FoldedConvolution& conv3,
-                  const Tensor& y1) {
+                  const FoldedConvolution& conv2, const FoldedConvolution& conv3, const Tensor& x) {
   constexpr int64_t kChunksOfBlock = kBlockBytes / kBlockChunkBytes;
   const PackParameters p{shape, conv1 ? unpacked(*conv1) : UnpackedConvolution{}, unpacked(conv2),
                          unpacked(conv3)};
   const int64_t chunks = shape.blocks() * kChunksOfBlock + shape.columns() / 2;
-  Tensor packed =
-      allocate_vector(y1, chunks * kBlockChunkBytes / y1.element_size(), dtype_code(y1));
+  Tensor packed = allocate_vector(x, chunks * kBlockChunkBytes / x.element_size(), dtype_code(x));
   const auto grid = static_cast<unsigned>(ceil_div(chunks, kThreads));
   uint4* to = static_cast<uint4*>(packed.mutable_data_ptr());
-  if (y1.scalar_type() == ScalarType::Half) {
-    RESNET_FUSED_LAUNCH((pack_chain_kernel<ptx::Half>), grid, kThreads, 0, current_stream(y1), p,
+  if (x.scalar_type() == ScalarType::Half) {
+    RESNET_FUSED_LAUNCH((pack_chain_kernel<ptx::Half>), grid, kThreads, 0, current_stream(x), p,
                         to);
   } else {
-    RESNET_FUSED_LAUNCH((pack_chain_kernel<ptx::BFloat16>), grid, kThreads, 0, current_stream(y1),
-                        p, to);
+    RESNET_FUSED_LAUNCH((pack_chain_kernel<ptx::BFloat16>), grid, kThreads, 0, current_stream(x), p,
+                        to);
   }
   return packed;
 }

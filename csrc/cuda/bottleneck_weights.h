@@ -71,13 +71,13 @@ struct FoldedConvolution {
   const Tensor &weight, &scale, &shift;
 };
 
-// Throws unless they are `columns` x `summed` channels and a square of taps, on the device of y1.
+// Throws unless they are `columns` x `summed` channels and a square of taps, on the device of x.
 void check_folded(const char* op, const FoldedConvolution& conv, int64_t columns, int64_t summed,
-                  int64_t side, const Tensor& y1);
+                  int64_t side, const Tensor& x);
 
-// shape.blocks() blocks and shape.columns() coefficients, in the dtype of y1. conv1: null where
+// shape.blocks() blocks and shape.columns() coefficients, in the dtype of x. conv1: null where
 // the kernel has none.
 Tensor pack_chain(const ChainShape& shape, const FoldedConvolution* conv1,
-                  const FoldedConvolution& conv2, const FoldedConvolution& conv3, const Tensor& y1);
+                  const FoldedConvolution& conv2, const FoldedConvolution& conv3, const Tensor& x);
 
 }  // namespace resnet_fused
