@@ -32,7 +32,8 @@ MIDDLE = {
     "bottleneck_roll": (64, 128),
     "bottleneck_block": (64,),
 }
-PIXELS = {  # of a step
+# Pixels of a step, where the batch has enough for all multiprocessors; else SMALL_STEP.
+PIXELS = {
     ("bottleneck_tail", 64): 128,
     ("bottleneck_tail", 128): 256,
     ("bottleneck_tail", 256): 128,
@@ -40,6 +41,19 @@ PIXELS = {  # of a step
     ("bottleneck_roll", 128): 128,
     ("bottleneck_block", 64): 128,
 }
+SMALL_STEP = 64
+FEW, MANY = 2, 132  # multiprocessors
+
+
+def step_pixels(operator: str, middle: int, pixels: int, multiprocessors: int) -> int:
+    step = PIXELS[operator, middle]
+    is_large = operator == "bottleneck_block" or -(-pixels // step) >= multiprocessors
+    return step if is_large else SMALL_STEP
+
+
+def resident_blocks(operator: str, middle: int, step: int) -> int:
+    """Of which the grid has so many for each multiprocessor."""
+    return 2 if middle == 64 or step == SMALL_STEP else 1
 
 
 class Folded(NamedTuple):
@@ -147,37 +161,45 @@ def launches(ops: Any) -> list[dict[str, Any]]:
 def test_results(emulated: Any, operator: str, middle: int, dtype: torch.dtype) -> None:
     for images in IMAGES[middle]:
         given = Given.draw(middle, images, dtype)
-        results = given.call(emulated, operator)
         eager, exact = (given.compute(operator, d) for d in (dtype, torch.float64))
-        for result, plain, right in zip(results, eager, exact, strict=True):
-            assert result.is_contiguous(memory_format=torch.channels_last)
-            assert result.dtype == dtype
-            assert_as_accurate_as_eager(result, plain, right, f"{images}")
-        assert [launch["bank_conflicts"] for launch in launches(emulated)] == [0]
+        for multiprocessors in (1, MANY):
+            emulated.configure(0, multiprocessors)
+            results = given.call(emulated, operator)
+            for result, plain, right in zip(results, eager, exact, strict=True):
+                assert result.is_contiguous(memory_format=torch.channels_last)
+                assert result.dtype == dtype
+                assert_as_accurate_as_eager(result, plain, right, f"{images}")
+            assert [launch["bank_conflicts"] for launch in launches(emulated)] == [0]
 
 
 @pytest.mark.parametrize(("operator", "middle"), cases())
 def test_order_and_number_of_blocks_change_nothing(
     emulated: Any, operator: str, middle: int
 ) -> None:
+    """Nor does the size of a step."""
     given = Given.draw(middle, (3, 12, 13), torch.bfloat16)
-    steps = -(-3 * 12 * 13 // PIXELS[operator, middle])
+    pixels = 3 * 12 * 13
     expected: tuple[Tensor, ...] = ()
-    for seed, multiprocessors in enumerate((1, 2, 3, 132)):
+    for seed, multiprocessors in enumerate((1, FEW, 3, MANY)):
         emulated.configure(seed, multiprocessors)
         results = given.call(emulated, operator)
         expected = expected or results
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
-        resident = 2 if middle == 64 else 1
+        step = step_pixels(operator, middle, pixels, multiprocessors)
+        most = resident_blocks(operator, middle, step) * multiprocessors
         (launch,) = launches(emulated)
-        assert launch["grid"] == [min(steps, resident * multiprocessors), 1, 1]
+        assert launch["grid"] == [min(-(-pixels // step), most), 1, 1]
 
 
+@pytest.mark.parametrize("multiprocessors", [FEW, MANY])
 @pytest.mark.parametrize(("operator", "middle"), cases())
-def test_every_byte_moves_once(emulated: Any, operator: str, middle: int) -> None:
+def test_every_byte_moves_once(
+    emulated: Any, operator: str, middle: int, multiprocessors: int
+) -> None:
     """But for weights, in every step, and the rows of y1 that neighbouring parts share."""
     n, h, w = {64: (1, 56, 56), 128: (2, 28, 28), 256: (2, 14, 14)}[middle]
     given = Given.draw(middle, (n, h, w), torch.bfloat16)
+    emulated.configure(0, multiprocessors)
     results = given.call(emulated, operator)
     (launch,) = launches(emulated)
     activations = [*given.inputs(operator), *results]
@@ -192,7 +214,8 @@ def test_every_byte_moves_once(emulated: Any, operator: str, middle: int) -> Non
     per_pixel = {"bottleneck_tail": 18, "bottleneck_roll": 20, "bottleneck_block": 16}[operator]
     assert sum(t.nbytes for t in activations) == per_pixel * middle * n * h * w
 
-    parts = parts_of(launch, operator, middle, n * h * w)
+    step = step_pixels(operator, middle, n * h * w, multiprocessors)
+    parts = parts_of(launch, step, n * h * w)
     computed = 0  # y1, in products of conv1 with the pixels of a step
     read = given.residual.nbytes + weights * sum(part.steps for part in parts)
     for part in parts:
@@ -210,7 +233,7 @@ def test_every_byte_moves_once(emulated: Any, operator: str, middle: int) -> Non
     # What the mathematics needs, in products of 16 x 8 x 16.
     sums = 9 + 4 + (0 if operator == "bottleneck_tail" else 4)
     steps = sum(part.steps for part in parts)
-    of_step = PIXELS[operator, middle] * middle * middle // (16 * 8 * 16)
+    of_step = step * middle * middle // (16 * 8 * 16)
     assert launch["products"] == (steps * sums + computed * 4) * of_step
 
 
@@ -229,8 +252,8 @@ class Part(NamedTuple):
         return min(end, self.all_pixels) - max(begin, 0)
 
 
-def parts_of(launch: dict[str, Any], operator: str, middle: int, pixels: int) -> list[Part]:
-    (blocks, _, _), step = launch["grid"], PIXELS[operator, middle]
+def parts_of(launch: dict[str, Any], step: int, pixels: int) -> list[Part]:
+    blocks, _, _ = launch["grid"]
     bounds = [-(-pixels // step) * block // blocks for block in range(blocks + 1)]
     return [Part(a, b - a, step, pixels) for a, b in itertools.pairwise(bounds)]
 
@@ -423,7 +446,8 @@ def test_images_may_be_as_wide_as_the_ring(emulated: Any, operator: str, middle:
     sides = middle // 64
     columns = middle * (5 if operator == "bottleneck_tail" else 6)
     rows = (227 * 1024 - 4 * 8192 - 8 * columns) // (128 * sides) - 1
-    widest = (rows // 8 * 8 - PIXELS[operator, middle] - 2) // 2
+    step = PIXELS[operator, middle] if operator == "bottleneck_block" else SMALL_STEP
+    widest = (rows // 8 * 8 - step - 2) // 2
     given = Given.draw(middle, (1, 1, widest), torch.bfloat16)
     results = given.call(emulated, operator)
     eager, exact = (given.compute(operator, d) for d in (torch.bfloat16, torch.float64))

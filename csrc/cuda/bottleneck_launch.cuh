@@ -72,36 +72,56 @@ inline void check_convolutions(const char* op, const Bottleneck& block, int64_t 
   if (block.conv1) check_folded(op, *block.conv1, middle, wide, 1, block.residual);
 }
 
+// From the pixels of a batch to what an instance of the kernel needs for them.
+template <class Chain>
+struct ChainLaunch {
+  int64_t ring, shared, steps;
+
+  explicit ChainLaunch(const Tensor& residual)
+      : ring(ring_pixels(Chain::kPixels, residual.size(3))),
+        shared(shared_bytes<Chain>(ring)),
+        steps(ceil_div(residual.size(0) * residual.size(2) * residual.size(3), Chain::kPixels)) {}
+};
+
 // out: like the residual. next_y1: null where the kernel has none.
 template <class Chain>
-void launch_bottleneck(const char* op, const Bottleneck& block, void* out, void* next_y1) {
+void launch_chain(const char* op, const Bottleneck& block, void* out, void* next_y1) {
   const Tensor& residual = block.residual;
   const int device = residual.get_device_index();
   const int64_t width = residual.size(3), height = residual.size(2);
-  const int64_t pixels = residual.size(0) * height * width;
-  const int64_t ring = ring_pixels(Chain::kPixels, width);
-  const int64_t shared = shared_bytes<Chain>(ring);
-  RESNET_FUSED_CHECK(shared <= most_shared_bytes(device), op, ": images must be less wide with ",
-                     Chain::kWide, " channels, got ", width, " pixels, for which a block needs ",
-                     shared, " bytes of shared memory where it can have ",
-                     most_shared_bytes(device), " (use conv_bn_relu)");
+  const ChainLaunch<Chain> launch(residual);
+  RESNET_FUSED_CHECK(launch.shared <= most_shared_bytes(device), op,
+                     ": images must be less wide with ", Chain::kWide, " channels, got ", width,
+                     " pixels, for which a block needs ", launch.shared,
+                     " bytes of shared memory where it can have ", most_shared_bytes(device),
+                     " (use conv_bn_relu)");
   const Tensor weights = pack_chain(Chain::kShape, block.conv1, block.conv2, block.conv3, residual);
-  const int64_t steps = ceil_div(pixels, Chain::kPixels);
   const ChainParameters p{block.y1 ? block.y1->const_data_ptr() : nullptr,
                           residual.const_data_ptr(),
                           weights.const_data_ptr(),
                           out,
                           next_y1,
-                          static_cast<int>(pixels),
-                          static_cast<int>(steps),
+                          static_cast<int>(residual.size(0) * height * width),
+                          static_cast<int>(launch.steps),
                           Divider(width),
                           Divider(height),
-                          static_cast<int>(ring)};
-  const int64_t blocks =
-      std::min<int64_t>(steps, int64_t{Chain::kResidentBlocks} * multiprocessor_count(device));
-  allow_shared_bytes(bottleneck_kernel<Chain>, shared);
+                          static_cast<int>(launch.ring)};
+  const int64_t blocks = std::min<int64_t>(
+      launch.steps, int64_t{Chain::kResidentBlocks} * multiprocessor_count(device));
+  allow_shared_bytes(bottleneck_kernel<Chain>, launch.shared);
   RESNET_FUSED_LAUNCH((bottleneck_kernel<Chain>), static_cast<unsigned>(blocks), Chain::kThreads,
-                      shared, current_stream(residual), p);
+                      launch.shared, current_stream(residual), p);
+}
+
+// Small, where the steps of Large are too few for all multiprocessors, or its ring is too large.
+template <class Large, class Small>
+void launch_bottleneck(const char* op, const Bottleneck& block, void* out, void* next_y1) {
+  const int device = block.residual.get_device_index();
+  const ChainLaunch<Large> large(block.residual);
+  if (large.steps >= multiprocessor_count(device) && large.shared <= most_shared_bytes(device)) {
+    return launch_chain<Large>(op, block, out, next_y1);
+  }
+  launch_chain<Small>(op, block, out, next_y1);
 }
 
 }  // namespace resnet_fused
