@@ -47,14 +47,14 @@ struct Chain {
   static constexpr int kWarpPixels = 16 * kRowTiles, kPixels = kWarps_ * kWarpPixels;  // of a step
   static constexpr int kStages = 4;
   static constexpr ChainShape kShape{kMiddle, kBeginsAtX, kComputesNext};
-  static constexpr int kSides = kShape.sides();
+  static constexpr int kSlices = kShape.slices();
   static constexpr int kBlocks = kShape.blocks(), kBlocksBefore = kShape.blocks_before();
   static constexpr int kColumnPairs = kShape.columns() / 2;
   static constexpr int kCoefficientBytes = kColumnPairs * static_cast<int>(sizeof(float4));
 
-  // A warp's sums of 64 columns, and its operand of 64 summed channels.
-  using Sum = float[kRowTiles][kBlockSide / 8][4];
-  using Fragments = uint32_t[kBlockSide / 16][kRowTiles][4];
+  // A warp's sums of a slice of columns, and its operand of a summed slice.
+  using Sum = float[kRowTiles][kSlice / 8][4];
+  using Fragments = uint32_t[kSlice / 16][kRowTiles][4];
 };
 
 // For small batches: steps of 64 pixels, which are more.
@@ -77,7 +77,7 @@ inline int64_t ring_pixels(int64_t step_pixels, int64_t width) {
 
 template <class Chain>
 __host__ __device__ constexpr int64_t ring_bytes(int64_t pixels) {
-  return Chain::kSides * (pixels + 1) * kBlockRowBytes;
+  return Chain::kSlices * (pixels + 1) * kBlockRowBytes;
 }
 
 template <class Chain>
@@ -156,10 +156,10 @@ __device__ __forceinline__ void multiply(typename Chain::Sum& sum,
                                          const typename Chain::Fragments& fragments,
                                          SharedAddress block) {
 #pragma unroll
-  for (int product = 0; product < kBlockSide / 16; ++product) {
-    uint32_t columns[kBlockSide / 8][2];
+  for (int product = 0; product < kSlice / 16; ++product) {
+    uint32_t columns[kSlice / 8][2];
 #pragma unroll
-    for (int j = 0; j < kBlockSide / 8; j += 2) {
+    for (int j = 0; j < kSlice / 8; j += 2) {
       uint32_t pair[4];
       ptx::load_matrices(pair, (block ^ (product * kInstructionBytes)) + j * 8 * kBlockRowBytes);
       columns[j][0] = pair[0];
@@ -178,7 +178,7 @@ __device__ __forceinline__ void clear(typename Chain::Sum& sum) {
 #pragma unroll
   for (int i = 0; i < Chain::kRowTiles; ++i) {
 #pragma unroll
-    for (int j = 0; j < kBlockSide / 8; ++j) {
+    for (int j = 0; j < kSlice / 8; ++j) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) sum[i][j][k] = 0;
     }
@@ -190,7 +190,7 @@ template <class Chain>
 __device__ __forceinline__ void scale_shift(typename Chain::Sum& sum, SharedAddress coefficients) {
   const SharedAddress own = coefficients + lane() % 4 * sizeof(float4);
 #pragma unroll
-  for (int j = 0; j < kBlockSide / 8; ++j) {
+  for (int j = 0; j < kSlice / 8; ++j) {
     const float4 c = ptx::load_shared<float4>(own + j * 4 * sizeof(float4));
 #pragma unroll
     for (int i = 0; i < Chain::kRowTiles; ++i) {
@@ -211,7 +211,7 @@ template <class Chain, class Visit>
 __device__ __forceinline__ void for_each_word(typename Chain::Sum& sum,
                                               typename Chain::Fragments& fragments, Visit visit) {
 #pragma unroll
-  for (int product = 0; product < kBlockSide / 16; ++product) {
+  for (int product = 0; product < kSlice / 16; ++product) {
 #pragma unroll
     for (int i = 0; i < Chain::kRowTiles; ++i) {
 #pragma unroll
@@ -252,7 +252,7 @@ constexpr int kGroupChunks = 32 / 8;
 template <class Chain, class Visit>
 __device__ __forceinline__ void for_each_chunk(Visit visit) {
 #pragma unroll
-  for (int group = 0; group < kBlockSide / 32; ++group) {
+  for (int group = 0; group < kSlice / 32; ++group) {
 #pragma unroll
     for (int i = 0; i < Chain::kRowTiles; ++i) {
 #pragma unroll
@@ -294,7 +294,7 @@ class LanePixels {
   __device__ __forceinline__ LanePixels(const ChainParameters& p, int first_pixel)
       : p_(p), first_(first_pixel) {}
 
-  // Of 64 channels. Pixels that do not exist are zero.
+  // Of a slice. Pixels that do not exist are zero.
   template <int kChannels>
   __device__ __forceinline__ void read(typename Chain::Fragments& fragments, const void* tensor,
                                        int first_channel) const {
@@ -341,12 +341,12 @@ class LanePixels {
 
 // ---- y1 ----
 
-// The y1 of the pixels of a step and around it. 64 channels of a pixel are a row of 128 bytes; the
-// next 64 are in the next plane, each of which ends with a row of zeros.
+// The y1 of the pixels of a step and around it, slice by slice: a row of 128 bytes for every pixel,
+// and behind them a row of zeros.
 template <class Chain>
 class Ring {
   static constexpr int kChunksOfRow = kBlockRowBytes / kChunkBytes;
-  static constexpr int kChunksOfPixel = Chain::kSides * kChunksOfRow;
+  static constexpr int kChunksOfPixel = Chain::kSlices * kChunksOfRow;
   static constexpr int kPixelsApart = Chain::kThreads / kChunksOfPixel;
   static_assert(Chain::kThreads % kChunksOfPixel == 0);
 
@@ -354,11 +354,11 @@ class Ring {
   __device__ __forceinline__ Ring(const ChainParameters& p, SharedAddress memory, int first_of_step)
       : p_(p),
         memory_(memory),
-        plane_bytes_(static_cast<uint32_t>(ring_bytes<Chain>(p.ring_pixels)) / Chain::kSides),
+        slice_bytes_(static_cast<uint32_t>(ring_bytes<Chain>(p.ring_pixels)) / Chain::kSlices),
         first_(first_of_step - p.width.divisor() - 1) {
     for (int i = threadIdx.x; i < kChunksOfPixel; i += Chain::kThreads) {
       ptx::store_shared(
-          row(p.ring_pixels) + i / kChunksOfRow * plane_bytes_ + i % kChunksOfRow * kChunkBytes,
+          row(p.ring_pixels) + i / kChunksOfRow * slice_bytes_ + i % kChunksOfRow * kChunkBytes,
           uint4{0, 0, 0, 0});
     }
   }
@@ -378,26 +378,26 @@ class Ring {
   // Starts copies of all pixels from this position on.
   __device__ __forceinline__ void copy(int position) const {
     const int chunk = threadIdx.x % kChunksOfPixel;
-    const SharedAddress plane = chunk / kChunksOfRow * plane_bytes_;
+    const SharedAddress slice = chunk / kChunksOfRow * slice_bytes_;
     const auto* y1 =
         static_cast<const uint4*>(p_.y1) + static_cast<int64_t>(first_) * kChunksOfPixel + chunk;
     const int end = new_position() + Chain::kPixels;
     for (int i = position + threadIdx.x / kChunksOfPixel; i < end; i += kPixelsApart) {
       if (!exists(p_, pixel(i))) continue;
       const int slot = wrap(start_ + i);
-      ptx::copy_async(row(slot) + plane + row_offset(slot, chunk % kChunksOfRow),
+      ptx::copy_async(row(slot) + slice + row_offset(slot, chunk % kChunksOfRow),
                       y1 + i * kChunksOfPixel, true);
     }
   }
 
-  // Stores 64 channels of as many pixels as a step has. They may begin before the first position.
-  __device__ __forceinline__ void put(const typename Chain::Fragments& y1, int plane,
+  // Stores a slice of as many pixels as a step has. They may begin before the first position.
+  __device__ __forceinline__ void put(const typename Chain::Fragments& y1, int slice,
                                       int position) const {
     for_each_chunk<Chain>([&](int i, int half, int group) {
       const int own = position + pixel_of_chunk<Chain>(i, half);
       if (own < 0 || !exists(p_, pixel(own))) return;
       const int slot = wrap(start_ + own);
-      ptx::store_shared(row(slot) + plane * plane_bytes_ +
+      ptx::store_shared(row(slot) + slice * slice_bytes_ +
                             row_offset(slot, group * kGroupChunks + lane() % kGroupChunks),
                         get_chunk<Chain>(y1, i, half, group));
     });
@@ -436,13 +436,13 @@ class Ring {
       }
     }
 
-    __device__ __forceinline__ void read(typename Chain::Fragments& fragments, int plane) const {
+    __device__ __forceinline__ void read(typename Chain::Fragments& fragments, int slice) const {
 #pragma unroll
-      for (int product = 0; product < kBlockSide / 16; ++product) {
+      for (int product = 0; product < kSlice / 16; ++product) {
 #pragma unroll
         for (int i = 0; i < Chain::kRowTiles; ++i) {
           ptx::load_matrices(fragments[product][i], (row_[i] ^ (product * kInstructionBytes)) +
-                                                        plane * ring_.plane_bytes_);
+                                                        slice * ring_.slice_bytes_);
         }
       }
     }
@@ -467,7 +467,7 @@ class Ring {
 
   const ChainParameters& p_;
   const SharedAddress memory_;
-  const uint32_t plane_bytes_;
+  const uint32_t slice_bytes_;
   int first_;      // pixel, which may lie before all images
   int start_ = 0;  // its slot
 };
@@ -491,35 +491,125 @@ __device__ __forceinline__ void prefetch_step(const ChainParameters& p, const vo
   }
 }
 
+// Where they begin in shared memory, and where they end.
+struct Coefficients {
+  SharedAddress conv2, conv3, conv1, end;
+};
+
+template <class Chain>
+__device__ __forceinline__ Coefficients coefficients_at(SharedAddress memory) {
+  const SharedAddress conv3 = memory + Chain::kMiddle * kBytesOfColumn;
+  const SharedAddress conv1 = conv3 + Chain::kWide * kBytesOfColumn;
+  return {memory, conv3, conv1, memory + Chain::kCoefficientBytes};
+}
+
+template <class Chain>
+__device__ __forceinline__ void copy_coefficients(const ChainParameters& p, SharedAddress to) {
+  const auto* from =
+      static_cast<const uint4*>(p.weights) + Chain::kBlocks * (kBlockBytes / kChunkBytes);
+  for (int i = threadIdx.x; i < Chain::kColumnPairs; i += Chain::kThreads) {
+    ptx::store_shared(to + i * kChunkBytes, load(from + i));
+  }
+}
+
 // Computes y1 of the last pixels that a step needs, `passes` times as many as it has.
 template <class Chain>
 __device__ __forceinline__ void compute_y1(const ChainParameters& p, const Ring<Chain>& ring,
                                            WeightStream<Chain>& weights, SharedAddress coefficients,
                                            int passes) {
-  constexpr int kSides = Chain::kSides, kSteps = kExpansion * kSides;
+  constexpr int kSlices = Chain::kSlices, kSummedSlices = kExpansion * kSlices;
   int position = ring.new_position() - (passes - 1) * Chain::kPixels;
 #pragma unroll 1
   for (; passes > 0; --passes, position += Chain::kPixels) {
     const LanePixels<Chain> pixels(p, ring.pixel(position));
-    typename Chain::Sum sum[kSides];
+    typename Chain::Sum sum[kSlices];
 #pragma unroll
-    for (int n = 0; n < kSides; ++n) clear<Chain>(sum[n]);
+    for (int n = 0; n < kSlices; ++n) clear<Chain>(sum[n]);
     typename Chain::Fragments x[2];
     pixels.template read<Chain::kWide>(x[0], p.residual, 0);
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      if (k + 1 < kSteps) {
-        pixels.template read<Chain::kWide>(x[(k + 1) % 2], p.residual, (k + 1) * kBlockSide);
+    for (int k = 0; k < kSummedSlices; ++k) {
+      if (k + 1 < kSummedSlices) {
+        pixels.template read<Chain::kWide>(x[(k + 1) % 2], p.residual, (k + 1) * kSlice);
       }
 #pragma unroll
-      for (int n = 0; n < kSides; ++n) multiply<Chain>(sum[n], x[k % 2], weights.next());
+      for (int n = 0; n < kSlices; ++n) multiply<Chain>(sum[n], x[k % 2], weights.next());
     }
 #pragma unroll
-    for (int n = 0; n < kSides; ++n) {
-      scale_shift<Chain>(sum[n], coefficients + n * kBlockSide * kBytesOfColumn);
+    for (int n = 0; n < kSlices; ++n) {
+      scale_shift<Chain>(sum[n], coefficients + n * kSlice * kBytesOfColumn);
       typename Chain::Fragments y1;
       relu<Chain>(sum[n], y1);
       ring.put(y1, n, position);
+    }
+  }
+}
+
+template <class Chain>
+__device__ __forceinline__ void compute_y2(const Ring<Chain>& ring, WeightStream<Chain>& weights,
+                                           SharedAddress coefficients,
+                                           typename Chain::Fragments (&y2)[Chain::kSlices]) {
+  constexpr int kSlices = Chain::kSlices;
+  typename Chain::Sum sum[kSlices];
+#pragma unroll
+  for (int n = 0; n < kSlices; ++n) clear<Chain>(sum[n]);
+  typename Ring<Chain>::Rows rows(ring);
+#pragma unroll 1
+  for (int tap = 0; tap < kTaps; ++tap) {
+    rows.move_to(tap);
+#pragma unroll 1
+    for (int k = 0; k < kSlices; ++k) {
+      typename Chain::Fragments y1;
+#pragma unroll
+      for (int n = 0; n < kSlices; ++n) {
+        const SharedAddress block = weights.next();
+        // Behind the barrier, at the first tap: then y1 is there.
+        if (n == 0) rows.read(y1, k);
+        multiply<Chain>(sum[n], y1, block);
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kSlices; ++n) {
+    scale_shift<Chain>(sum[n], coefficients + n * kSlice * kBytesOfColumn);
+    relu<Chain>(sum[n], y2[n]);
+  }
+}
+
+// And next_y1.
+template <class Chain>
+__device__ __forceinline__ void compute_out(const ChainParameters& p,
+                                            const LanePixels<Chain>& pixels,
+                                            WeightStream<Chain>& weights,
+                                            const Coefficients& coefficients,
+                                            const typename Chain::Fragments (&y2)[Chain::kSlices]) {
+  constexpr int kSlices = Chain::kSlices;
+  typename Chain::Sum next[Chain::kComputesNext ? kSlices : 1];
+#pragma unroll
+  for (auto& sum : next) clear<Chain>(sum);
+#pragma unroll 1
+  for (int channel = 0; channel < Chain::kWide; channel += kSlice) {
+    typename Chain::Fragments out;
+    pixels.template read<Chain::kWide>(out, p.residual, channel);
+    typename Chain::Sum sum;
+    clear<Chain>(sum);
+#pragma unroll
+    for (int k = 0; k < kSlices; ++k) multiply<Chain>(sum, y2[k], weights.next());
+    scale_shift<Chain>(sum, coefficients.conv3 + channel * kBytesOfColumn);
+    add_relu<Chain>(sum, out);
+    pixels.template write<Chain::kWide>(out, p.out, channel);
+    if constexpr (Chain::kComputesNext) {
+#pragma unroll
+      for (int n = 0; n < kSlices; ++n) multiply<Chain>(next[n], out, weights.next());
+    }
+  }
+  if constexpr (Chain::kComputesNext) {
+#pragma unroll
+    for (int n = 0; n < kSlices; ++n) {
+      scale_shift<Chain>(next[n], coefficients.conv1 + n * kSlice * kBytesOfColumn);
+      typename Chain::Fragments next_y1;
+      relu<Chain>(next[n], next_y1);
+      pixels.template write<Chain::kMiddle>(next_y1, p.next_y1, n * kSlice);
     }
   }
 }
@@ -528,21 +618,12 @@ __device__ __forceinline__ void compute_y1(const ChainParameters& p, const Ring<
 template <class Chain>
 __global__ void __launch_bounds__(Chain::kThreads, Chain::kResidentBlocks)
     bottleneck_kernel(const __grid_constant__ ChainParameters p) {
-  using Sum = typename Chain::Sum;
-  using Fragments = typename Chain::Fragments;
-  constexpr int kSides = Chain::kSides, kStages = Chain::kStages;
-  const SharedAddress of_conv2 = ptx::dynamic_shared() + kStages * kBlockBytes;
-  const SharedAddress of_conv3 = of_conv2 + Chain::kMiddle * kBytesOfColumn;
-  const SharedAddress of_conv1 = of_conv3 + Chain::kWide * kBytesOfColumn;
-  const auto* packed = static_cast<const uint4*>(p.weights);
-  for (int i = threadIdx.x; i < Chain::kColumnPairs; i += Chain::kThreads) {
-    constexpr int kBehindBlocks = Chain::kBlocks * (kBlockBytes / kChunkBytes);
-    ptx::store_shared(of_conv2 + i * kChunkBytes, load(packed + kBehindBlocks + i));
-  }
-
+  const Coefficients coefficients =
+      coefficients_at<Chain>(ptx::dynamic_shared() + Chain::kStages * kBlockBytes);
+  copy_coefficients<Chain>(p, coefficients.conv2);
   int step = static_cast<int>(static_cast<int64_t>(p.steps) * blockIdx.x / gridDim.x);
   const int end = static_cast<int>(static_cast<int64_t>(p.steps) * (blockIdx.x + 1) / gridDim.x);
-  Ring<Chain> ring(p, of_conv2 + Chain::kCoefficientBytes, step * Chain::kPixels);
+  Ring<Chain> ring(p, coefficients.end, step * Chain::kPixels);
   if constexpr (!Chain::kBeginsAtX) ring.copy(0);
   // The first step computes all y1 that it needs, later ones what is new.
   int passes = 1 + (ring.new_position() + Chain::kPixels - 1) / Chain::kPixels;
@@ -550,77 +631,25 @@ __global__ void __launch_bounds__(Chain::kThreads, Chain::kResidentBlocks)
 #pragma unroll 1
   for (; step < end; ++step) {
     if constexpr (Chain::kBeginsAtX) {
-      compute_y1<Chain>(p, ring, weights, of_conv1, passes);
+      compute_y1<Chain>(p, ring, weights, coefficients.conv1, passes);
       passes = 1;
       // Of the next step's y1. The residual was read for that of an earlier one.
       prefetch_step<Chain>(p, p.residual, ring.pixel(ring.new_position() + Chain::kPixels));
     } else {
       prefetch_step<Chain>(p, p.residual, step * Chain::kPixels);
     }
-    Fragments y2[kSides];
-    {
-      Sum sum[kSides];
-#pragma unroll
-      for (int n = 0; n < kSides; ++n) clear<Chain>(sum[n]);
-      typename Ring<Chain>::Rows rows(ring);
-#pragma unroll 1
-      for (int tap = 0; tap < kTaps; ++tap) {
-        rows.move_to(tap);
-#pragma unroll 1
-        for (int k = 0; k < kSides; ++k) {
-          Fragments y1;
-#pragma unroll
-          for (int n = 0; n < kSides; ++n) {
-            const SharedAddress block = weights.next();
-            // Behind the barrier, at the first tap: then y1 is there.
-            if (n == 0) rows.read(y1, k);
-            multiply<Chain>(sum[n], y1, block);
-          }
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kSides; ++n) {
-        scale_shift<Chain>(sum[n], of_conv2 + n * kBlockSide * kBytesOfColumn);
-        relu<Chain>(sum[n], y2[n]);
-      }
-    }
+    typename Chain::Fragments y2[Chain::kSlices];
+    compute_y2<Chain>(ring, weights, coefficients.conv2, y2);
     ring.advance();
     if constexpr (!Chain::kBeginsAtX) {
       // All have read the ring.
       __syncthreads();
       if (step + 1 < end) ring.copy(ring.new_position());
-      static_assert(Chain::kShape.blocks_behind() >= kStages - 1, "y1 lands before the next step");
+      static_assert(Chain::kShape.blocks_behind() >= Chain::kStages - 1,
+                    "y1 lands before the next step");
     }
-
     const LanePixels<Chain> pixels(p, step * Chain::kPixels);
-    Sum next[Chain::kComputesNext ? kSides : 1];
-#pragma unroll
-    for (Sum& sum : next) clear<Chain>(sum);
-#pragma unroll 1
-    for (int chunk = 0; chunk < Chain::kWide; chunk += kBlockSide) {
-      Fragments out;
-      pixels.template read<Chain::kWide>(out, p.residual, chunk);
-      Sum sum;
-      clear<Chain>(sum);
-#pragma unroll
-      for (int k = 0; k < kSides; ++k) multiply<Chain>(sum, y2[k], weights.next());
-      scale_shift<Chain>(sum, of_conv3 + chunk * kBytesOfColumn);
-      add_relu<Chain>(sum, out);
-      pixels.template write<Chain::kWide>(out, p.out, chunk);
-      if constexpr (Chain::kComputesNext) {
-#pragma unroll
-        for (int n = 0; n < kSides; ++n) multiply<Chain>(next[n], out, weights.next());
-      }
-    }
-    if constexpr (Chain::kComputesNext) {
-#pragma unroll
-      for (int n = 0; n < kSides; ++n) {
-        scale_shift<Chain>(next[n], of_conv1 + n * kBlockSide * kBytesOfColumn);
-        Fragments next_y1;
-        relu<Chain>(next[n], next_y1);
-        pixels.template write<Chain::kMiddle>(next_y1, p.next_y1, n * kBlockSide);
-      }
-    }
+    compute_out<Chain>(p, pixels, weights, coefficients, y2);
   }
   ptx::wait_for_copies<0>();
 }

@@ -25,6 +25,7 @@ void dispatch_16_bits(const char* op, const char* name, const Tensor& x, Body&& 
   }
 }
 
+// What the operators are given.
 struct Bottleneck {
   const Tensor* y1;                // null where it is computed from x
   const Tensor& residual;          // or x

@@ -1,11 +1,10 @@
 // Packs the weights of a bottleneck: one launch in front of its kernel.
 #include "cuda/bottleneck_weights.h"
 
-#include <algorithm>
 #include <array>
 #include <string>
 
-#include "cuda/conv_epilogue.cuh"
+#include "cuda/activation.h"
 #include "cuda/conv_operands.h"
 
 namespace resnet_fused {
@@ -50,30 +49,30 @@ struct Origin {
 };
 
 __device__ Origin origin_of(const PackParameters& p, int block) {
-  const int sides = p.shape.sides();
-  const auto at = [](int i) { return i * kBlockSide; };
+  const int slices = p.shape.slices();
+  const auto at = [](int i) { return i * kSlice; };
   if (block < p.shape.blocks_before()) {
-    return {p.conv1, 0, 1, at(block % sides), at(block / sides), true, true};
+    return {p.conv1, 0, 1, at(block % slices), at(block / slices), true, true};
   }
   block -= p.shape.blocks_before();
   if (block < p.shape.blocks_of_3x3()) {
-    const int tap = block / (sides * sides);
-    return {p.conv2, tap, 3, at(block % sides), at(block / sides % sides), false, false};
+    const int tap = block / (slices * slices);
+    return {p.conv2, tap, 3, at(block % slices), at(block / slices % slices), false, false};
   }
   block -= p.shape.blocks_of_3x3();
-  const int chunk = block / p.shape.blocks_of_chunk();
-  block -= chunk * p.shape.blocks_of_chunk();
-  if (block < sides) return {p.conv3, 0, 1, at(chunk), at(block), true, false};
-  return {p.conv1, 0, 1, at(block - sides), at(chunk), true, true};
+  const int of_output = block / p.shape.blocks_of_slice();
+  block -= of_output * p.shape.blocks_of_slice();
+  if (block < slices) return {p.conv3, 0, 1, at(of_output), at(block), true, false};
+  return {p.conv1, 0, 1, at(block - slices), at(of_output), true, true};
 }
 
 template <class T>
 __device__ uint4 packed_chunk(const PackParameters& p, int chunk) {
-  constexpr int kChunksOfRow = kBlockRowBytes / kBlockChunkBytes;
-  constexpr int kChunksOfBlock = kBlockBytes / kBlockChunkBytes;
+  constexpr int kChunksOfRow = kBlockRowBytes / kChunkBytes;
+  constexpr int kChunksOfBlock = kBlockBytes / kChunkBytes;
   const Origin from = origin_of(p, chunk / kChunksOfBlock);
-  const int row = chunk / kChunksOfRow % kBlockSide;
-  const int first = row_offset(row, chunk % kChunksOfRow) / kBlockChunkBytes * kChunk<T>;
+  const int row = chunk / kChunksOfRow % kSlice;
+  const int first = row_offset(row, chunk % kChunksOfRow) / kChunkBytes * kChunk<T>;
   const int column = from.column + (from.permutes_columns ? channel_of_column(row) : row);
   Chunk<T> values;
 #pragma unroll
@@ -103,7 +102,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     pack_chain_kernel(const __grid_constant__ PackParameters p, uint4* packed) {
   const int i = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
-  const int chunks = p.shape.blocks() * (kBlockBytes / kBlockChunkBytes);
+  const int chunks = p.shape.blocks() * (kBlockBytes / kChunkBytes);
   if (i < chunks) {
     store(packed + i, packed_chunk<T>(p, i));
   } else if (i < chunks + p.shape.columns() / 2) {
@@ -140,11 +139,11 @@ void check_folded(const char* op, const FoldedConvolution& conv, int64_t columns
 
 Tensor pack_chain(const ChainShape& shape, const FoldedConvolution* conv1,
                   const FoldedConvolution& conv2, const FoldedConvolution& conv3, const Tensor& x) {
-  constexpr int64_t kChunksOfBlock = kBlockBytes / kBlockChunkBytes;
+  constexpr int64_t kChunksOfBlock = kBlockBytes / kChunkBytes;
   const PackParameters p{shape, conv1 ? unpacked(*conv1) : UnpackedConvolution{}, unpacked(conv2),
                          unpacked(conv3)};
   const int64_t chunks = shape.blocks() * kChunksOfBlock + shape.columns() / 2;
-  Tensor packed = allocate_vector(x, chunks * kBlockChunkBytes / x.element_size(), dtype_code(x));
+  Tensor packed = allocate_vector(x, chunks * kChunkBytes / x.element_size(), dtype_code(x));
   const auto grid = static_cast<unsigned>(ceil_div(chunks, kThreads));
   uint4* to = static_cast<uint4*>(packed.mutable_data_ptr());
   if (x.scalar_type() == ScalarType::Half) {

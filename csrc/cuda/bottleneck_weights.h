@@ -1,13 +1,13 @@
 // Weights of the convolutions in a bottleneck, in the order in which its kernel reads them.
 //
-// They are cut into blocks of 64 columns (output channels) x 64 summed (input) channels. A column's
-// channels lie side by side in a row of 128 bytes, whose chunks of 16 bytes are permuted by
-// row_offset: a block is copied to shared memory as it is, and ldmatrix meets no bank conflicts.
-// The blocks of one step follow each other as they are used:
-//   conv1 where the kernel begins with it: for each 64 of its 4M input channels
-//   conv2: for each tap, for each 64 summed channels, for each 64 columns
-//   conv3: for each 64 of its 4M columns, for each 64 summed channels; behind each of these 64
-//     columns, which are summed channels of the next block's conv1, that one: for each 64 columns
+// Channels come in slices of 64. Weights are cut into blocks: a slice of columns (output channels)
+// times a slice of summed (input) channels. A column's channels lie side by side in a row of 128
+// bytes, whose chunks of 16 bytes are permuted by row_offset: a block is copied to shared memory as
+// it is, and ldmatrix meets no bank conflicts. The blocks follow each other as a step uses them:
+//   conv1, where the kernel begins with it: for each summed slice, for each slice of columns
+//   conv2: for each tap, for each summed slice, for each slice of columns
+//   conv3: for each slice of columns, for each summed slice; then that slice of columns is a summed
+//     one of the next block's conv1, if it is computed: for each slice of columns
 // Behind the blocks lie the coefficients of the columns in the same order of channels: of conv2,
 // conv3 and conv1, as (scale, scale, shift, shift) of two neighbouring columns.
 #pragma once
@@ -15,21 +15,20 @@
 #include <cstdint>
 
 #include "common/checks.h"
-#include "cuda/platform.h"
+#include "cuda/conv.cuh"
 
 namespace resnet_fused {
 
-constexpr int kBlockSide = 64;
-constexpr int kBlockRowBytes = 128;
-constexpr int kBlockBytes = kBlockSide * kBlockRowBytes;
-constexpr int kBlockChunkBytes = 16;
+constexpr int kSlice = 64;  // channels
+constexpr int kBlockRowBytes = kSlice * 2;
+constexpr int kBlockBytes = kSlice * kBlockRowBytes;
 constexpr int kExpansion = 4;  // a block's output has so many times the channels of its 3x3
 constexpr int kTaps = 9;
 
 // Of a chunk of a row that is `row` modulo 8, in the row: any 8 neighbouring rows have the same
 // chunk in 8 different groups of banks.
 __host__ __device__ constexpr int row_offset(int row, int chunk) {
-  return (chunk ^ (row & 7)) * kBlockChunkBytes;
+  return (chunk ^ (row & 7)) * kChunkBytes;
 }
 
 // The channel that stands in a column of the tensor cores, where a lane is to hold neighbouring
@@ -44,17 +43,17 @@ struct ChainShape {
   bool begins_at_x;    // with conv1
   bool computes_next;  // ends with the next block's conv1
 
-  __host__ __device__ constexpr int sides() const { return middle / kBlockSide; }
+  __host__ __device__ constexpr int slices() const { return middle / kSlice; }
   __host__ __device__ constexpr int blocks_before() const {
-    return begins_at_x ? kExpansion * sides() * sides() : 0;
+    return begins_at_x ? kExpansion * slices() * slices() : 0;
   }
-  __host__ __device__ constexpr int blocks_of_3x3() const { return kTaps * sides() * sides(); }
-  // For 64 channels of the output.
-  __host__ __device__ constexpr int blocks_of_chunk() const {
-    return sides() * (computes_next ? 2 : 1);
+  __host__ __device__ constexpr int blocks_of_3x3() const { return kTaps * slices() * slices(); }
+  // For a slice of the output.
+  __host__ __device__ constexpr int blocks_of_slice() const {
+    return slices() * (computes_next ? 2 : 1);
   }
   __host__ __device__ constexpr int blocks_behind() const {
-    return kExpansion * sides() * blocks_of_chunk();
+    return kExpansion * slices() * blocks_of_slice();
   }
   __host__ __device__ constexpr int blocks() const {
     return blocks_before() + blocks_of_3x3() + blocks_behind();
@@ -64,8 +63,8 @@ struct ChainShape {
   }
 };
 
-// A convolution and its folded batch norm. name: of the operator's arguments, as in "weight" +
-// "2" or "next_" + "weight" + "1".
+// A convolution and its folded batch norm, arguments that are called prefix + "weight" + number and
+// so on.
 struct FoldedConvolution {
   const char *prefix, *number;
   const Tensor &weight, &scale, &shift;
