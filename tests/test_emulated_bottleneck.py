@@ -508,7 +508,7 @@ MUTANTS = {
     ),
     "no row of zeros": Mutant("i < kChunksOfPixel; i +=", "i < 0; i +=", "uninitialised"),
     "a ring without room for the last pixels": Mutant(
-        "(step_pixels + 2 * width + 2 + 7) / 8 * 8", "step_pixels", "races|in flight"
+        "(kPixels + 2 * width + 2 + 7) / 8 * 8", "kPixels", "races|in flight"
     ),
     "one pixel too few": Mutant(
         "return 2 * p_.width.divisor() + 2;", "return 2 * p_.width.divisor() + 1;", "uninitialised"

@@ -52,6 +52,16 @@ struct Chain {
   static constexpr int kColumnPairs = kShape.columns() / 2;
   static constexpr int kCoefficientBytes = kColumnPairs * static_cast<int>(sizeof(float4));
 
+  // The pixels of a step and those around them that taps reach, in groups of 8.
+  static constexpr int64_t ring_pixels(int64_t width) {
+    return (kPixels + 2 * width + 2 + 7) / 8 * 8;
+  }
+
+  // Weights, coefficients and the ring: for each slice its pixels and one of zeros.
+  static constexpr int64_t shared_bytes(int64_t ring_pixels) {
+    return kStages * kBlockBytes + kCoefficientBytes + kSlices * (ring_pixels + 1) * kBlockRowBytes;
+  }
+
   // A warp's sums of a slice of columns, and its operand of a summed slice.
   using Sum = float[kRowTiles][kSlice / 8][4];
   using Fragments = uint32_t[kSlice / 16][kRowTiles][4];
@@ -69,21 +79,6 @@ struct ChainParameters {
   Divider width, height;
   int ring_pixels;
 };
-
-// The pixels of a step and those around them that taps reach, in groups of 8.
-inline int64_t ring_pixels(int64_t step_pixels, int64_t width) {
-  return (step_pixels + 2 * width + 2 + 7) / 8 * 8;
-}
-
-template <class Chain>
-__host__ __device__ constexpr int64_t ring_bytes(int64_t pixels) {
-  return Chain::kSlices * (pixels + 1) * kBlockRowBytes;
-}
-
-template <class Chain>
-constexpr int64_t shared_bytes(int64_t ring_pixels) {
-  return Chain::kStages * kBlockBytes + Chain::kCoefficientBytes + ring_bytes<Chain>(ring_pixels);
-}
 
 // Of the coefficients of a column.
 constexpr int kBytesOfColumn = sizeof(float4) / 2;
@@ -354,7 +349,7 @@ class Ring {
   __device__ __forceinline__ Ring(const ChainParameters& p, SharedAddress memory, int first_of_step)
       : p_(p),
         memory_(memory),
-        slice_bytes_(static_cast<uint32_t>(ring_bytes<Chain>(p.ring_pixels)) / Chain::kSlices),
+        slice_bytes_((p.ring_pixels + 1) * kBlockRowBytes),
         first_(first_of_step - p.width.divisor() - 1) {
     for (int i = threadIdx.x; i < kChunksOfPixel; i += Chain::kThreads) {
       ptx::store_shared(

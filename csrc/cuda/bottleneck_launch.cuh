@@ -79,8 +79,8 @@ struct ChainLaunch {
   int64_t ring, shared, steps;
 
   explicit ChainLaunch(const Tensor& residual)
-      : ring(ring_pixels(Chain::kPixels, residual.size(3))),
-        shared(shared_bytes<Chain>(ring)),
+      : ring(Chain::ring_pixels(residual.size(3))),
+        shared(Chain::shared_bytes(ring)),
         steps(ceil_div(residual.size(0) * residual.size(2) * residual.size(3), Chain::kPixels)) {}
 };
 
