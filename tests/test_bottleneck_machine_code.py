@@ -47,9 +47,11 @@ class Kernel(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        """Of weights that are multiplied with in the code of a step, whose loops are not unrolled:
-        conv2's for one tap and one summed slice, conv3's and the next conv1's for one slice of the
-        output, all of conv1's in front."""
+        """Of weights, with which the code of a step multiplies.
+
+        Of loops it has one turn: of conv2 one tap and one summed slice, of conv3 and the next conv1
+        one slice of the output.
+        """
         before = 4 * self.slices**2 if self.part == "WholeBlock" else 0
         return before + self.slices * (3 if self.part == "Roll" else 2)
 

@@ -467,14 +467,13 @@ void check_coefficients(const char*, const char*, const Tensor&, int64_t, const 
 """
 
 
-def source() -> str:
-    """bottleneck_roll with its own headers in place of their #include lines, for one instance."""
-    text = (emulation.CSRC / "cuda/bottleneck_roll.cu").read_text()
+def source(operator: str) -> str:
+    """With its own headers in place of their #include lines, for one instance."""
+    text = (emulation.CSRC / f"cuda/{operator}.cu").read_text()
     for name in ("cuda/bottleneck_launch.cuh", "cuda/bottleneck.cuh"):
         header = (emulation.CSRC / name).read_text().replace("#pragma once", "")
         text = emulation.mutate(text, f'#include "{name}"', header)
-    text, of_others = re.subn(r"case 128:.*?;", "", text, flags=re.DOTALL)
-    assert of_others == 1
+    text, _ = re.subn(r"case 128:.*?;", "", text, flags=re.DOTALL)
     text = emulation.mutate(text, "return body(ptx::Half{});", "break;")
     text = emulation.mutate(text, "  launch_chain<Small>(op, block, out, next_y1);\n", "")
     return f'#include "cuda/bottleneck_weights.cu"\n{UNCHECKED}{text}'
@@ -486,6 +485,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     message: str | None  # of the emulator's error; None where results or bank conflicts are wrong
+    operator: str = "bottleneck_roll"
 
 
 MUTANTS = {
@@ -518,42 +518,49 @@ MUTANTS = {
     "zeros that all lie in the same banks": Mutant(
         "row_offset(slot, lane() / 16)", "row_offset(is_missing ? 0 : slot, lane() / 16)", None
     ),
+    "conv1 once, where the first step needs it more often": Mutant(
+        "--passes_ > 0", "--passes_ > 99", None, "bottleneck_block"
+    ),
+    "y1 that lies before what the ring has": Mutant(
+        "own < 0 || ", "", "races|in flight|store", "bottleneck_block"
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def mutants() -> dict[str, Any]:
-    text = source()
-    texts = {"original": text}
+    texts = {mutant.operator: source(mutant.operator) for mutant in MUTANTS.values()}
+    originals = list(texts)
     for i, mutant in enumerate(MUTANTS.values()):
-        texts[f"mutant_{i}"] = emulation.mutate(text, mutant.old, mutant.new)
+        texts[f"mutant_{i}"] = emulation.mutate(texts[mutant.operator], mutant.old, mutant.new)
     compiled = emulation.compile_sources(texts, "csrc/cuda/mutant.cu")
-    return dict(zip(("original", *MUTANTS), compiled.values(), strict=True))
+    return dict(zip((*originals, *MUTANTS), compiled.values(), strict=True))
 
 
-def is_right(ops: Any) -> bool:
+def is_right(ops: Any, operator: str) -> bool:
     """Of two blocks with two steps each, the last of which is not full."""
     given = Given.draw(64, (5, 9, 11), torch.bfloat16)
     ops.configure(0, 1)
-    results = given.call(ops, "bottleneck_roll")
+    results = given.call(ops, operator)
     (launch,) = launches(ops)
     assert launch["grid"] == [2, 1, 1]
-    exact = given.compute("bottleneck_roll", torch.float64)
+    exact = given.compute(operator, torch.float64)
     distances = [
         (a.double() - b).abs().max() / b.max() for a, b in zip(results, exact, strict=True)
     ]
     return max(distances) < 0.02 and launch["bank_conflicts"] == 0
 
 
-def test_unbroken_copy_is_right(mutants: dict[str, Any]) -> None:
-    assert is_right(mutants["original"])
+@pytest.mark.parametrize("operator", sorted({mutant.operator for mutant in MUTANTS.values()}))
+def test_unbroken_copies_are_right(mutants: dict[str, Any], operator: str) -> None:
+    assert is_right(mutants[operator], operator)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_broken_kernels_are_caught(mutants: dict[str, Any], name: str) -> None:
     mutant = MUTANTS[name]
     if mutant.message is None:
-        assert not is_right(mutants[name])
+        assert not is_right(mutants[name], mutant.operator)
     else:
         with pytest.raises(RuntimeError, match=f"bottleneck_kernel.*({mutant.message})"):
-            is_right(mutants[name])
+            is_right(mutants[name], mutant.operator)
