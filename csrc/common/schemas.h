@@ -40,6 +40,15 @@ inline constexpr const char* kKernelSchemas[] = {
     "-> (Tensor grad_x, Tensor sum_grad, Tensor sum_grad_x, Tensor grad_conv)",
     "conv_wgrad(Tensor grad_y, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, "
     "Tensor? output_scale, int[] geometry, bool tf32, int tile, int splits) -> Tensor",
+    // Of a bottleneck in inference: all but its first convolution.
+    "bottleneck_tail(Tensor y1, Tensor residual, Tensor weight2, Tensor scale2, Tensor shift2, "
+    "Tensor weight3, Tensor scale3, Tensor shift3) -> Tensor",
+    // And with the first convolution of the next one.
+    "bottleneck_roll(Tensor y1, Tensor residual, Tensor weight2, Tensor scale2, Tensor shift2, "
+    "Tensor weight3, Tensor scale3, Tensor shift3, Tensor next_weight1, Tensor next_scale1, "
+    "Tensor next_shift1) -> (Tensor out, Tensor next_y1)",
+    "bottleneck_block(Tensor x, Tensor weight1, Tensor scale1, Tensor shift1, Tensor weight2, "
+    "Tensor scale2, Tensor shift2, Tensor weight3, Tensor scale3, Tensor shift3) -> Tensor",
 };
 
 }  // namespace resnet_fused

@@ -104,6 +104,13 @@ void allow_shared_bytes(Kernel* kernel, size_t bytes) {
                                       static_cast<int>(bytes)));
 }
 
+// That a block can have at most.
+inline int64_t most_shared_bytes(int device) {
+  int bytes = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
 inline void zero_async(void* p, size_t bytes, cudaStream_t stream) {
   STD_CUDA_CHECK(cudaMemsetAsync(p, 0, bytes, stream));
 }

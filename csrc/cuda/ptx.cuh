@@ -105,6 +105,11 @@ __device__ __forceinline__ const void* offset(const void* base, int elements) {
   return reinterpret_cast<const void*>(address);
 }
 
+// Brings the 128 bytes around an address in global memory to the second-level cache.
+__device__ __forceinline__ void prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+}
+
 // Starts a copy of 16 bytes from global to shared memory, or of 16 zeros where there is nothing
 // `from` which to read. Nobody may touch them before the thread has waited for the copy.
 __device__ __forceinline__ void copy_async(SharedAddress to, const void* from, bool exists) {

@@ -55,6 +55,8 @@ inline const void* offset(const void* base, int elements) {
                                        static_cast<uintptr_t>(int64_t{kBytes} * elements));
 }
 
+inline void prefetch(const void*) {}
+
 template <class V>
 inline V load_shared(SharedAddress from, emulator::Site site = emulator::Site::current()) {
   emulator::check_access_type<V>();
