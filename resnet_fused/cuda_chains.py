@@ -17,9 +17,10 @@ from resnet_fused.cuda_convolutions import CHOSEN, uses_tf32, vector
 ROLL_WIDTHS = (64, 128)  # in and between the blocks
 EXPANSION = 4  # of a Bottleneck: output channels per channel of its 3x3 convolution
 _DTYPES = (torch.bfloat16, torch.float16)
-_WIDEST_IMAGE = 126  # 128 columns with the padding
 _TAIL_WIDTHS = (64, 128, 256)
 _BLOCK_WIDTHS = (64,)
+# By width: rows of pixels that lie in shared memory next to the weights, on every GPU.
+WIDEST_IMAGES = {64: 176, 128: 80, 256: 19}
 
 Layer = Sequence[Tensor]  # weight, and scale and shift of what it gives
 
@@ -37,8 +38,7 @@ def _bottleneck_tail(
 ) -> Tensor:
     second, third = layers[:3], layers[3:]
     if not _has_instance(y1, _TAIL_WIDTHS, second, third):
-        y2 = _layer_by_layer(y1, second, padding=1)
-        return _layer_by_layer(y2, third, residual)
+        return _tail_by_layers(y1, residual, second, third)
     return kernel(_aligned(y1), _aligned(residual), *_arguments(second, third))
 
 
@@ -48,18 +48,15 @@ def _bottleneck_roll(
     second, third, next_first = layers[:3], layers[3:6], layers[6:]
     same_width = next_first[0].size(0) == y1.size(1)
     if not (same_width and _has_instance(y1, ROLL_WIDTHS, second, third)):
-        y2 = _layer_by_layer(y1, second, padding=1)
-        out = _layer_by_layer(y2, third, residual)
-        return out, _layer_by_layer(out, next_first)
+        out = _tail_by_layers(y1, residual, second, third)
+        return out, _layer(out, next_first)
     return kernel(_aligned(y1), _aligned(residual), *_arguments(second, third, next_first))
 
 
 def _bottleneck_block(kernel: Callable[..., Tensor], x: Tensor, *layers: Tensor) -> Tensor:
     first, second, third = layers[:3], layers[3:6], layers[6:]
     if not _has_instance(x, _BLOCK_WIDTHS, second, third):
-        y1 = _layer_by_layer(x, first)
-        y2 = _layer_by_layer(y1, second, padding=1)
-        return _layer_by_layer(y2, third, x)
+        return _tail_by_layers(_layer(x, first), x, second, third)
     return kernel(_aligned(x), *_arguments(first, second, third))
 
 
@@ -92,7 +89,7 @@ def _has_instance(x: Tensor, widths: tuple[int, ...], second: Layer, third: Laye
     return (
         x.dtype in _DTYPES
         and has_tail(second[0].size(0), third[0].size(0), widths)
-        and x.size(3) <= _WIDEST_IMAGE
+        and x.size(3) <= WIDEST_IMAGES[second[0].size(0)]
     )
 
 
@@ -115,9 +112,11 @@ def _native(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _layer_by_layer(
-    x: Tensor, layer: Layer, residual: Tensor | None = None, padding: int = 0
-) -> Tensor:
+def _tail_by_layers(y1: Tensor, residual: Tensor, second: Layer, third: Layer) -> Tensor:
+    return _layer(_layer(y1, second, padding=1), third, residual)
+
+
+def _layer(x: Tensor, layer: Layer, residual: Tensor | None = None, padding: int = 0) -> Tensor:
     # By its name: the choice of a backend for it is a layer above this one.
     convolution = torch.ops.resnet_fused.conv_bn_relu.default
     geometry = (1, 1), (padding, padding), (1, 1), 1

@@ -6,7 +6,6 @@ from typing import NamedTuple
 from torch import nn
 
 from resnet_fused import cuda_chains
-from resnet_fused.conversion.roles import Roles
 from resnet_fused.conversion.survey import Finding
 from resnet_fused.conversion.swap import FusedStage, parts_of, plan_of
 from resnet_fused.nn import chains
@@ -97,11 +96,12 @@ def _text(finding: Finding, following: Finding | None) -> tuple[str, bool]:
     if not cuda_chains.has_tail(layers.second[0].out_channels, layers.third[0].out_channels):
         return "", False
     text = f"{roles.convs[1]}+{roles.convs[2]}+add"
-    is_called = has_hooks(finding.module) or following is None or has_hooks(following.module)
-    if following is None or is_called or not chains.rolls_into(layers, _layers(following)):
+    if following is None or following.roles is None:
         return text, False
-    next_roles: Roles = following.roles  # type: ignore[assignment]
-    return f"{text}, {next_roles.convs[0]} of the next block", True
+    is_called = has_hooks(finding.module) or has_hooks(following.module)
+    if is_called or not chains.rolls_into(layers, _layers(following)):
+        return text, False
+    return f"{text}, {following.roles.convs[0]} of the next block", True
 
 
 def _layers(finding: Finding) -> chains.Layers | None:
