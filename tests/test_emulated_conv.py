@@ -61,7 +61,11 @@ def emulated() -> Iterator[Any]:
     ops = emulation.library()
     ops.configure(0, 3)
     launches(ops)
+    # Eager's convolutions are so small that threads would mostly wait for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield ops
+    torch.set_num_threads(threads)
     launches(ops)
     ops.configure(0, 3)
 
@@ -78,6 +82,11 @@ def is_for(kind: Kind, conv: Conv) -> bool:
     return kind.operator != "conv_projection_relu" or is_plain_1x1
 
 
+def every_second_kind_will_do(kind: Kind, name: str) -> bool:
+    """There are many of conv_dgrad, and where it is not 1x1 they have no prologue."""
+    return kind.operator == "conv_dgrad" and name not in ("1x1", "several tiles")
+
+
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_tile(emulated: Any, kind: Kind, arithmetic: str) -> None:
@@ -85,6 +94,8 @@ def test_every_tile(emulated: Any, kind: Kind, arithmetic: str) -> None:
     dtype, tf32 = ARITHMETICS[arithmetic]
     for i, (name, conv) in enumerate(RAGGED.items()):
         if not is_for(kind, conv):
+            continue
+        if every_second_kind_will_do(kind, name) and (i + KINDS.index(kind)) % 2 == 0:
             continue
         tensors = given(kind, conv, dtype)
         exact = eager(kind, conv, in_double(tensors))
