@@ -68,9 +68,10 @@ class Tile(NamedTuple):
         return 32 * self.warps_m * (self.n // self.warp_n)
 
 
-def tiles(dtype: torch.dtype, small_warps: bool) -> tuple[Tile, ...]:
+def tiles(dtype: torch.dtype, tf32: bool, small_warps: bool) -> tuple[Tile, ...]:
     """Those of csrc/cuda/conv_tiles.h. small_warps: with a prologue, or for conv_wgrad."""
-    smaller = Tile(128, 64, 64, 32), Tile(64, 64, 32, 32)
+    splits = dtype == torch.float32 and not tf32
+    smaller = Tile(128, 64, 32 if splits else 64, 32), Tile(64, 64, 32, 32)
     if dtype == torch.float32:
         return smaller
     return Tile(128, 128, 64, 32 if small_warps else 64), *smaller
@@ -109,8 +110,8 @@ def fuses(kind: Kind, conv: Conv, dtype: torch.dtype) -> bool:
     return kind == Kind("conv_wgrad", "prologue") and conv.x[1] % chunk == 0
 
 
-def tiles_of(kind: Kind, conv: Conv, dtype: torch.dtype) -> tuple[Tile, ...]:
-    return tiles(dtype, kind.operator == "conv_wgrad" or fuses(kind, conv, dtype))
+def tiles_of(kind: Kind, conv: Conv, dtype: torch.dtype, tf32: bool = False) -> tuple[Tile, ...]:
+    return tiles(dtype, tf32, kind.operator == "conv_wgrad" or fuses(kind, conv, dtype))
 
 
 def given(kind: Kind, conv: Conv, dtype: torch.dtype, seed: int = 0) -> Tensors:

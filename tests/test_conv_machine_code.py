@@ -25,7 +25,7 @@ MULTIPLIES = {
     "BFloat16": "HMMA.16816.F32.BF16",
     "Half": "HMMA.16816.F32",
     "Tf32": "HMMA.1688.F32.TF32",
-    "Tf32x3": "HMMA.1688.F32.TF32",
+    "SplitTf32": "HMMA.1688.F32.TF32",
 }
 SHARED_BYTES = 163 * 1024  # of a multiprocessor, for blocks, where it has the least: sm_80
 STEP_BYTES = 64  # of a row of an operand
@@ -55,7 +55,7 @@ class Kernel(NamedTuple):
         sides = re.search(r"Li(\d+)E" * 6, template)
         assert dtype is not None, mangled
         assert sides is not None, mangled
-        tf32 = re.search(r"\d(Tf32x3|Tf32)E", template)
+        tf32 = re.search(r"\d(SplitTf32|Tf32)E", template)
         policies = re.findall(r"\d(Identity|ScaleShiftRelu|BatchNormBackward)E", template)
         ends = r"\d(ScaleShiftResidualRelu|ChannelStats|ReluMaskBnBackward)E"
         epilogue = re.search(ends, template)
@@ -73,7 +73,7 @@ class Kernel(NamedTuple):
     @property
     def products(self) -> int:
         """Instructions of the tensor cores in one step of a warp."""
-        parts = 3 if self.arithmetic == "Tf32x3" else 1
+        parts = 4 if self.arithmetic == "SplitTf32" else 1
         return parts * STEP_DEPTH * (self.warp_m // 16) * (self.warp_n // 8)
 
     @property

@@ -29,7 +29,7 @@ from emulated_convolutions import (
     run,
     tiles_of,
 )
-from numerics import assert_as_accurate_as_eager
+from numerics import assert_as_accurate_as_eager, normal
 from test_conv_bn_relu import Conv
 from torch import Tensor
 from torch.nn import functional as F
@@ -101,7 +101,7 @@ def test_every_tile(emulated: Any, kind: Kind, arithmetic: str) -> None:
         exact = eager(kind, conv, in_double(tensors))
         with products_in_tf32(tf32):
             plain = eager(kind, conv, tensors)
-        for index, tile in enumerate(tiles_of(kind, conv, dtype)):
+        for index, tile in enumerate(tiles_of(kind, conv, dtype, tf32)):
             # Of each convolution one number of splits, each with every tile.
             splits = SPLITS[(index + i) % len(SPLITS)]
             title = f"{name} in tile {index}, {splits} splits"
@@ -283,6 +283,26 @@ def test_results_do_not_depend_on_the_order_of_blocks(
                 assert all(torch.equal(results[n], expected[n]) for n in expected), seed
 
 
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_infinity_and_the_largest_numbers_are_as_in_eager(emulated: Any, arithmetic: str) -> None:
+    """Products of parts of a float32 must not make NaN of them, nor infinity of a finite number."""
+    dtype, tf32 = ARITHMETICS[arithmetic]
+    conv = Conv((1, 16, 6, 5), 24)
+    x = normal(conv.x, 0).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = (normal(conv.weight, 1) / 100).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight[:, :, 1, 1] = weight[:, :, 1, 1].bfloat16().to(dtype)  # nothing is left of a rest
+    # The largest float32 is infinite in TF32.
+    largest = torch.finfo(dtype).max * (0.99 if tf32 else 1)
+    x[0, 3, 2, 2], x[0, 5, 5, 4] = float("inf"), largest
+    vectors = torch.full((24,), 0.5), torch.zeros(24)
+    geometry = [1, 1, 1, 1, 1, 1, 1]
+    out = emulated.conv_bn_relu(x, weight, *vectors, None, False, geometry, tf32, -1, 0)
+    expected = torch.conv2d(x.double(), weight.double(), padding=1) * 0.5
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out == float("inf"), expected == float("inf"))
+    assert torch.equal(out == -float("inf"), expected == -float("inf"))
+
+
 # ---- Bytes ----
 
 
@@ -360,7 +380,7 @@ def joins_rows(conv: Conv, arithmetic: Arithmetic) -> bool:
 
 def add_products(traffic: Traffic, steps: int, arithmetic: Arithmetic, tile: Tile) -> None:
     """Of so many steps of blocks, each 64 bytes deep; one instruction takes 32 bytes."""
-    parts = 3 if arithmetic == ARITHMETICS["float32"] else 1
+    parts = 4 if arithmetic == ARITHMETICS["float32"] else 1
     traffic.products += steps * 2 * (tile.m // 16) * (tile.n // 8) * parts
 
 
@@ -484,7 +504,8 @@ def dgrad_traffic(
     alike = result * len({"residual", "x"}.intersection(parts))
     traffic.read(width, alike, alike)
     if "mask" in parts:
-        traffic.read(1, n * h * w * c, n * h * w * ceil_div(c, 8))
+        # One byte for each pair of a thread's columns.
+        traffic.read(1, n * h * w * ceil_div(c, 2), n * h * w * ceil_div(c, 8))
     add_vectors(traffic, launched, c, tile, len({"scale", "shift", "mean"}.intersection(parts)))
     if "mean" in parts:
         traffic.write(4, 2 * launched * c * 4)
@@ -511,10 +532,9 @@ def wgrad_traffic(
     blocks = row_tiles * column_tiles * groups
     steps = ceil_div(n * p * q, arithmetic.step)
     if fuses(kind, conv, arithmetic.dtype):
-        # By every thread in every step, and in one before the first.
-        calls = steps + min(splits, steps)
+        # By every thread once.
         scale_and_shift = 2 * chunk * 4
-        traffic.read(16, blocks * tile.threads * calls * scale_and_shift, 2 * conv.x[1] * 4)
+        traffic.read(16, blocks * splits * tile.threads * scale_and_shift, 2 * conv.x[1] * 4)
     traffic.write(8, splits * groups * kernels * taps * run * 4)
     add_products(traffic, blocks * steps, arithmetic, tile)
     return traffic

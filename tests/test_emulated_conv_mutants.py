@@ -457,7 +457,10 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             "if (@!tile.has_row(row)@) return;", "false", "dgrad with mask", "traffic"
         ),
         "mask of columns that are not there": Mutant(
-            "if (@!tile.has_column(first + k)@) continue;", "false", "dgrad with mask", "traffic"
+            "if (@!tile.has_column(first)@) return;", "false", "dgrad with mask", "traffic"
+        ),
+        "mask of the second column": Mutant(
+            "if ((bits & @2@) == 0)", "1", "dgrad with mask", "results"
         ),
         "sums of rows that are not there": Mutant(
             "if (@!tile.has_row(tile.row(i, half))@) continue;", "false", "dgrad", "results"

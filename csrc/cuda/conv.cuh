@@ -28,9 +28,9 @@ constexpr int kChunk = kChunkBytes / sizeof(T);  // elements
 
 // ---- Arithmetic of the tensor cores ----
 
-// float32 as three products of TF32's 11 bits: of both high parts, and of each with the other's
-// rest.
-struct Tf32x3 {};
+// float32 as four products of TF32's 11 bits: of both high parts, of each with the other's rest,
+// and of the rests, without which the shortest sums would be less exact than float32.
+struct SplitTf32 {};
 
 template <class Math>
 struct Multiply {
@@ -69,7 +69,7 @@ struct Multiply<ptx::Tf32> {
 };
 
 template <>
-struct Multiply<Tf32x3> {
+struct Multiply<SplitTf32> {
   template <int kRows, int kColumns>
   static __device__ __forceinline__ void add(float (&sum)[kRows][kColumns][4],
                                              const uint32_t (&a)[kRows][4],
@@ -80,8 +80,12 @@ struct Multiply<Tf32x3> {
     // The smallest first, and all of them before they meet the large sum: tensor cores cut off what
     // does not fit behind its last digit.
     float part[kRows][kColumns][4] = {};
+    ptx::multiply_add<ptx::Tf32>(part, low_a, low_b);
     ptx::multiply_add<ptx::Tf32>(part, low_a, high_b);
     ptx::multiply_add<ptx::Tf32>(part, high_a, low_b);
+    // Infinity and NaN meet the other's high part alone: its rest may be 0, or have another sign.
+    put_back(a, high_a);
+    put_back(b, high_b);
     ptx::multiply_add<ptx::Tf32>(part, high_a, high_b);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -94,23 +98,38 @@ struct Multiply<Tf32x3> {
   }
 
  private:
+  static __device__ __forceinline__ bool is_finite(uint32_t bits) {
+    constexpr uint32_t kInfinity = 0x7f800000u;
+    return (bits & kInfinity) != kInfinity;
+  }
+
+  // Both are 0 where the value is not finite.
   template <int kTiles, int kWords>
   static __device__ __forceinline__ void split(const uint32_t (&values)[kTiles][kWords],
                                                uint32_t (&high)[kTiles][kWords],
                                                uint32_t (&low)[kTiles][kWords]) {
-    constexpr uint32_t kHighBits = 0xffffe000u, kInfinity = 0x7f800000u;
+    constexpr uint32_t kHighBits = 0xffffe000u;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
       for (int j = 0; j < kWords; ++j) {
-        high[i][j] = ptx::round_to_tf32(ptx::float_of(values[i][j]));
-        const float rest = ptx::float_of(values[i][j]) - ptx::float_of(high[i][j]);
-        low[i][j] = ptx::round_to_tf32(rest);
-        // Infinity has no rest, the difference of two is NaN, and no rounding may make one.
-        if ((high[i][j] & kInfinity) == kInfinity) {
-          high[i][j] = values[i][j] & kHighBits;
-          low[i][j] = 0;
-        }
+        const uint32_t value = is_finite(values[i][j]) ? values[i][j] : 0;
+        const uint32_t rounded = ptx::round_to_tf32(ptx::float_of(value));
+        // Rounding must not make an infinity.
+        high[i][j] = is_finite(rounded) ? rounded : value & kHighBits;
+        low[i][j] = ptx::round_to_tf32(ptx::float_of(value) - ptx::float_of(high[i][j]));
+      }
+    }
+  }
+
+  template <int kTiles, int kWords>
+  static __device__ __forceinline__ void put_back(const uint32_t (&values)[kTiles][kWords],
+                                                  uint32_t (&high)[kTiles][kWords]) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) {
+        if (!is_finite(values[i][j])) high[i][j] = values[i][j];
       }
     }
   }
@@ -393,6 +412,11 @@ struct Identity {
   static constexpr int kTensors = 1;
   static constexpr bool kTransforms = false;
   struct Parameters {};
+
+  template <class T>
+  struct Coefficients {
+    __device__ __forceinline__ Coefficients(const Parameters&, int) {}
+  };
 };
 
 // relu(x * scale + shift).

@@ -42,7 +42,7 @@ class ResultTile {
   }
   __device__ __forceinline__ int rows() const {
     const int left = phase_.pixels - place_.first_row;
-    return left < 0 ? 0 : left < Tile::kM ? left : Tile::kM;
+    return left < Tile::kM ? left : Tile::kM;
   }
   __device__ __forceinline__ bool has_column(int column) const {
     return place_.first_column + column < p_.columns;
@@ -397,14 +397,13 @@ struct ReluMaskBnBackward {
     for_each(tile, [&](int i, int half, int j) {
       const int row = tile.row(i, half), first = tile.column(j);
       if (!tile.has_row(row)) return;
+      if (!tile.has_column(first)) return;
+      // The first one is even, so that both are in one byte.
+      const int channel = tile.channel(first);
       const uint8_t* bytes = p.mask + static_cast<int64_t>(tile.pixel(row)) * p.mask_pitch;
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        if (!tile.has_column(first + k)) continue;
-        const int channel = tile.channel(first + k);
-        const bool passed = load(bytes + channel / kMaskBits) >> channel % kMaskBits & 1;
-        if (!passed) sum[i][j][2 * half + k] = 0;
-      }
+      const unsigned bits = load(bytes + channel / kMaskBits) >> channel % kMaskBits;
+      if ((bits & 1) == 0) sum[i][j][2 * half] = 0;
+      if ((bits & 2) == 0) sum[i][j][2 * half + 1] = 0;
     });
   }
 

@@ -26,7 +26,7 @@ void dispatch_arithmetic(const char* op, const Tensor& x, bool tf32, Body&& body
     } else if (tf32) {
       body(element, std::type_identity<ptx::Tf32>{});
     } else {
-      body(element, std::type_identity<Tf32x3>{});
+      body(element, std::type_identity<SplitTf32>{});
     }
   });
 }

@@ -40,13 +40,13 @@ template <class Math>
 struct TileList<float, Math, Identity> : TileList<float, Math, ScaleShiftRelu> {};
 
 template <class Prologue>
-struct TileList<float, Tf32x3, Prologue> {
-  using Types = std::tuple<Tile<float, Tf32x3, 128, 64, 32, 32, 4, 1>,
-                           Tile<float, Tf32x3, 64, 64, 32, 32, 4, 3>>;
+struct TileList<float, SplitTf32, Prologue> {
+  using Types = std::tuple<Tile<float, SplitTf32, 128, 64, 32, 32, 4, 1>,
+                           Tile<float, SplitTf32, 64, 64, 32, 32, 4, 2>>;
 };
 
 template <>
-struct TileList<float, Tf32x3, Identity> : TileList<float, Tf32x3, ScaleShiftRelu> {};
+struct TileList<float, SplitTf32, Identity> : TileList<float, SplitTf32, ScaleShiftRelu> {};
 
 template <class T, class Math, class Prologue>
 using TilesOf = typename TileList<T, Math, Prologue>::Types;

@@ -53,7 +53,11 @@ class PixelPairs {
   __device__ __forceinline__ PixelPairs(const WgradParameters& p,
                                         const typename Prologue::Parameters& prologue,
                                         const WgradPlace& place)
-      : p_(p), prologue_(prologue), end_(place.end_pixel) {
+      : p_(p),
+        end_(place.end_pixel),
+        channel_(place.group * p.x_group + own_column(place) -
+                 p.channels.divide(own_column(place)) * p.channels.divisor()),
+        coefficients_(prologue, channel_) {
     const SharedAddress shared = ptx::dynamic_shared();
     const int chunk_a = threadIdx.x % A::kChunks, summed_a = threadIdx.x / A::kChunks;
     to_a_ = shared + A::at(summed_a, chunk_a);
@@ -65,7 +69,7 @@ class PixelPairs {
     // A thread has the same tap and channels for all pixels.
     const int chunk_b = threadIdx.x % B::kChunks, summed_b = threadIdx.x / B::kChunks;
     to_b_ = shared + kOffsetOfB + B::at(summed_b, chunk_b);
-    const int column = place.first_column + chunk_b * kChunk<T>;
+    const int column = own_column(place);
     exists_b_ = column < p.columns;
     next_b_ = place.first_pixel + summed_b;
     const int tap = p.channels.divide(column);
@@ -73,7 +77,6 @@ class PixelPairs {
     const int tap_x = tap - tap_y * p.taps_of_row.divisor();
     first_y_ = tap_y * p.dilation_y - p.padding_y;
     first_x_ = tap_x * p.dilation_x - p.padding_x;
-    channel_ = place.group * p.x_group + column - tap * p.channels.divisor();
   }
 
   __device__ __forceinline__ void copy(uint32_t stage) {
@@ -99,19 +102,22 @@ class PixelPairs {
   // Applies the prologue to what this thread has copied. Zeros of the padding stay zeros.
   __device__ __forceinline__ void transform(uint32_t stage) {
     if constexpr (kTransforms) {
-      const typename Prologue::template Coefficients<T> coefficients(prologue_, channel_);
 #pragma unroll
       for (int i = 0; i < B::kCopies; ++i) {
         --waiting_;
         if ((exists_ >> waiting_ & 1) == 0) continue;
         const SharedAddress at = to_b_ + stage + i * B::kBytesApart;
-        ptx::store_shared(at, coefficients.apply(ptx::load_shared<uint4>(at)));
+        ptx::store_shared(at, coefficients_.apply(ptx::load_shared<uint4>(at)));
       }
     }
   }
 
  private:
   static_assert(B::kCopies * Tile::kStages <= 32, "exists_ holds a bit for each copy under way");
+
+  static __device__ __forceinline__ int own_column(const WgradPlace& place) {
+    return place.first_column + threadIdx.x % B::kChunks * kChunk<T>;
+  }
 
   // The pixel that the thread's tap finds at a pixel of the gradient; exists: whether it does.
   __device__ __forceinline__ const T* pixel_of_x(int pixel, bool& exists) const {
@@ -128,12 +134,13 @@ class PixelPairs {
   }
 
   const WgradParameters& p_;
-  const typename Prologue::Parameters& prologue_;
   const int end_;
+  const int channel_;  // of x
+  const typename Prologue::template Coefficients<T> coefficients_;
   SharedAddress to_a_, to_b_;
   const T* grad_;
   int next_a_, next_b_;  // the thread's first pixel in the next step
-  int first_y_, first_x_, channel_;
+  int first_y_, first_x_;
   bool exists_a_, exists_b_;
   // Of the copies that wait for their prologue, the newest in the lowest bit.
   uint32_t exists_ = 0;

@@ -1,5 +1,6 @@
 """Which blocks of a model stand next to each other, and what a chain runs of each of them."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ def links(model: nn.Module, findings: Sequence[Finding]) -> dict[str, Link]:
     found: dict[str, Link] = {}
     for sequence in _sequences(model, findings):
         is_rolled_into = False
-        for module, following in zip(sequence, [*sequence[1:], None], strict=True):
+        for module, following in itertools.pairwise([*sequence, None]):
             finding, behind = blocks.get(id(module)), blocks.get(id(following))
             text, rolls = _text(finding, behind) if finding is not None else ("", False)
             if finding is not None and (text or is_rolled_into):
