@@ -2,8 +2,10 @@
 
 import argparse
 import copy
+import functools
 import itertools
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -28,6 +30,7 @@ MODES = ("forward", "backward")
 # was folded into, which rounds them once more.
 FOLDED_FACTOR = 2.0
 T = TypeVar("T")
+Find = Callable[[argparse.Namespace, torch.dtype, torch.device], Iterable[Case]]
 
 
 class Provider(NamedTuple):
@@ -38,32 +41,41 @@ class Provider(NamedTuple):
     modes: tuple[str, ...] = MODES
 
 
+Build = Callable[[Case, torch.dtype], Provider]
+
+
 def benchmark(
     operator: str,
     description: str | None,
     moved_bytes: Callable[[Case, str], int],
     flop: Callable[[Case, str], int] | None = None,
+    find: Find | None = None,
+    others: Mapping[str, Build] = types.MappingProxyType({}),
 ) -> int:
     """Time one operator on every distinct layer of a network that uses it.
 
     moved_bytes and flop: of a case and "forward" or "backward", the least that must move through
-    memory when nothing fits into the caches, and the multiplications and additions.
+    memory when nothing fits into the caches, and the multiplications and additions. find: the
+    cases, where they are not those of one layer. others: further providers by name; building one
+    raises UnavailableError where it does not run.
     """
-    arguments = _parser(description).parse_args()
+    arguments = _parser(description, tuple(others)).parse_args()
     harness = Harness(arguments)
     # The first call with a new shape tries what cuDNN has, for every provider that uses it.
     torch.backends.cudnn.benchmark = harness.device.type == "cuda"
-    shapes = _shapes(arguments)
+    find = find or functools.partial(_layers, operator, _shapes(arguments))
     for dtype in (verify.DTYPES[name] for name in arguments.dtype):
-        found = cases(shapes, dtype, harness.device, (operator,))
-        chosen = (case for case in found if _occurs(case, shapes) and arguments.match in case.label)
+        found = find(arguments, dtype, harness.device)
+        chosen = (case for case in found if arguments.match in f"{case.operator} {case.label}")
         for case in itertools.islice(chosen, arguments.limit):
             providers, checks = _checked_providers(case, dtype, arguments.providers)
-            for mode in arguments.mode:
+            providers |= _built(others, case, dtype, arguments.providers)
+            modes = ("forward",) if case.inference else arguments.mode
+            for mode in modes:
                 harness.compare(
                     Work(
                         benchmark=operator,
-                        subject=operator,
+                        subject=case.operator,
                         mode=mode,
                         dtype=short_name(dtype),
                         shape=case.label,
@@ -71,7 +83,7 @@ def benchmark(
                         moved_bytes=moved_bytes(case, mode),
                         flop=flop(case, mode) if flop else None,
                     ),
-                    _prepared(providers, case, mode, arguments.providers),
+                    _prepared(providers, case, mode, arguments.providers, tuple(others)),
                     checks,
                     flush=True,
                 )
@@ -88,6 +100,28 @@ def activation_bytes(case: Case) -> int:
 
 def in_training(case: Case) -> bool:
     return "training" in case.label
+
+
+def _layers(
+    operator: str,
+    shapes: Shapes,
+    arguments: argparse.Namespace,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[Case]:
+    return (case for case in cases(shapes, dtype, device, (operator,)) if _occurs(case, shapes))
+
+
+def _built(
+    others: Mapping[str, Build], case: Case, dtype: torch.dtype, wanted: list[str]
+) -> dict[str, Provider]:
+    found = {}
+    for name in (name for name in others if name in wanted):
+        try:
+            found[name] = others[name](case, dtype)
+        except baselines.UnavailableError as reason:
+            skipped(name, reason)
+    return found
 
 
 def _shapes(arguments: argparse.Namespace) -> Shapes:
@@ -115,7 +149,7 @@ def _checked_providers(
             providers["cudnn"] = _cudnn(case, dtype)
         except baselines.UnavailableError as reason:
             skipped("cudnn", reason)
-    device_type = case.tensors["x"].device.type
+    device_type = next(iter(case.tensors.values())).device.type
     for name in (name for name in OURS if name in wanted):
         available = backends.available(case.operator, device_type, dtype)
         if name != "fused" and name not in available:
@@ -142,8 +176,7 @@ def _cudnn(case: Case, dtype: torch.dtype) -> Provider:
     builders = {"bn_relu": _cudnn_batch_norm, "conv_bn_relu": _cudnn_convolution}
     if case.operator not in builders:
         raise baselines.UnavailableError(f"it has nothing for {case.operator} alone")
-    if not (case.tensors["x"].is_cuda and torch.backends.cudnn.is_available()):
-        raise baselines.UnavailableError("there is no cuDNN for these tensors")
+    need_cudnn(case.tensors["x"])
     try:
         return builders[case.operator](case, dtype)
     except RuntimeError as error:
@@ -193,14 +226,25 @@ def _cudnn_convolution(case: Case, dtype: torch.dtype) -> Provider:
             return torch.ops.aten.cudnn_convolution_add_relu(*arguments)
         return torch.ops.aten.cudnn_convolution_relu(x, folded, bias, *geometry)
 
+    refuse_wrong_convolution(case, dtype, cudnn)
+    return Provider(cudnn, modes=("forward",))
+
+
+def need_cudnn(x: Tensor) -> None:
+    """Raises UnavailableError where cuDNN does not run on x."""
+    if not (x.is_cuda and torch.backends.cudnn.is_available()):
+        raise baselines.UnavailableError("there is no cuDNN for these tensors")
+
+
+def refuse_wrong_convolution(case: Case, dtype: torch.dtype, folded: Callable[..., Tensor]) -> None:
+    """Raises UnavailableError where convolutions with folded weights compute something else."""
     with torch.no_grad():
         tensors = case.tensors.values()
         exact = case.before_relu(*(tensor.double() for tensor in tensors)).relu()
         eager = _eager(case)(*tensors)
         subject = Subject(case.operator, case.label, dtype)
-        check = numerics.check(subject, "out", cudnn(*tensors), eager, exact)
+        check = numerics.check(subject, "out", folded(*tensors), eager, exact)
     _refuse_wrong(check, FOLDED_FACTOR * check.allowed)
-    return Provider(cudnn, modes=("forward",))
 
 
 def _refuse_wrong(check: Check, allowed: float) -> None:
@@ -211,7 +255,11 @@ def _refuse_wrong(check: Check, allowed: float) -> None:
 
 
 def _prepared(
-    providers: dict[str, Provider], case: Case, mode: str, wanted: list[str]
+    providers: dict[str, Provider],
+    case: Case,
+    mode: str,
+    wanted: list[str],
+    others: tuple[str, ...] = (),
 ) -> dict[str, Callable[[], object]]:
     prepare = _forward if mode == "forward" else _backward
     calls = {}
@@ -228,7 +276,7 @@ def _prepared(
             calls[name] = _compiled(prepare, case, options)
         except (baselines.UnavailableError, RuntimeError) as reason:
             skipped(name, reason)
-    return {name: calls[name] for name in PROVIDERS if name in calls}
+    return {name: calls[name] for name in (*PROVIDERS, *others) if name in calls}
 
 
 def _compiled(
@@ -236,7 +284,7 @@ def _compiled(
     case: Case,
     options: dict[str, bool],
 ) -> Callable[[], object]:
-    baselines.need_compiler(case.tensors["x"].device)
+    baselines.need_compiler(next(iter(case.tensors.values())).device)
     # Each case anew: after some others of the same code, Dynamo would generalise the shapes, and
     # later give up without a word.
     torch._dynamo.reset()
@@ -282,7 +330,7 @@ def _under(backend: str | None, call: Callable[..., T]) -> Callable[..., T]:
     return run
 
 
-def _parser(description: str | None) -> argparse.ArgumentParser:
+def _parser(description: str | None, others: tuple[str, ...]) -> argparse.ArgumentParser:
     result = parser(description, seconds=2)
     result.add_argument("--model", default="resnet50", choices=networks.NAMES)
     result.add_argument("--size", type=int, default=224, help="height and width of the images")
@@ -290,8 +338,8 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--mode", type=choices(*MODES), default="forward,backward")
     result.add_argument("--dtype", type=choices(*verify.DTYPES), default="float32,bfloat16")
     result.add_argument(
-        "--providers", type=choices(*PROVIDERS), default="eager,compile,fused",
-        help=f"of {', '.join(PROVIDERS)}; default: %(default)s; eager always takes part",
+        "--providers", type=choices(*PROVIDERS, *others), default="eager,compile,fused",
+        help=f"of {', '.join((*PROVIDERS, *others))}; default: %(default)s; eager always runs",
     )  # fmt: skip
     result.add_argument(
         "--match", default="", help='only layers with this in their description, e.g. "training"'

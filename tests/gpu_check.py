@@ -38,6 +38,10 @@ BENCHMARKS = {
     "bench_add_relu.py": ("eager,compile,cudnn,cuda,triton", "forward,backward"),
     "bench_bn_relu.py": ("eager,compile,cudnn,cuda,triton", "forward,backward"),
     "bench_conv_bn_relu.py": ("eager,compile_max_autotune,cudnn,cuda,triton", "forward"),
+    "bench_chains.py": (
+        "eager,compile,layers_cudnn,layers_triton,layers_cuda,cuda",
+        "forward",
+    ),
 }
 
 

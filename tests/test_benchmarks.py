@@ -3,6 +3,7 @@
 Nothing here looks at how long anything took.
 """
 
+import argparse
 import csv
 import runpy
 import sys
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import resnet_fused as rf
-from resnet_fused import _extension
+from resnet_fused import _extension, cuda_chains
 from resnet_fused.commands import baselines, networks, timing
 from resnet_fused.commands.cases import Case, ConvShape, Shapes, cases, layer_shapes
 
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_bn_relu  # noqa: E402
+import bench_chains  # noqa: E402
 import harness  # noqa: E402
 import operators  # noqa: E402
 import plot  # noqa: E402
@@ -81,6 +83,56 @@ def test_operator_benchmark(operator: str, run: Callable[..., Done], tmp_path: P
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
     assert all(float(row["copy_gb_per_s"]) > 0 and float(row["gb_per_s"]) > 0 for row in rows)
     assert all(bool(row["tflop_per_s"]) == (operator == "conv_bn_relu") for row in rows)
+
+
+def test_chain_benchmark(run: Callable[..., Done], tmp_path: Path) -> None:
+    done = run(
+        "bench_chains.py", "--model", "resnet50", "--size", "32", "--batch", "1", "--seconds", "0",
+        "--match", "-> 64 -> ", "--dtype", "float32",
+        "--providers", "fused,layers_reference,layers_cudnn,layers_cuda",
+    )  # fmt: skip
+    assert done.status == 0, done.out + done.err
+    rows = rows_of(tmp_path, "chains")
+    assert {row["subject"] for row in rows} == set(cuda_chains.OPERATORS)
+    assert {row["provider"] for row in rows} == {"eager", "fused", "layers_reference"}
+    assert {row["mode"] for row in rows} == {"forward"}
+    assert all(float(row["gb_per_s"]) > 0 and float(row["tflop_per_s"]) > 0 for row in rows)
+    assert "skipped layers_cudnn: there is no cuDNN for these tensors" in done.err
+    assert "skipped layers_cuda: cuda does not run conv_bn_relu on cpu" in done.err
+
+
+def chains_of_resnet50() -> list[Case]:
+    arguments = argparse.Namespace(model="resnet50", size=32, batch=1)
+    return list(bench_chains.find(arguments, torch.float32, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("operator", cuda_chains.OPERATORS)
+def test_layers_of_cudnn_are_what_a_chain_computes(
+    operator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_fake_cudnn(monkeypatch)
+    monkeypatch.setattr(bench_chains, "need_cudnn", lambda x: None)
+    for case in (case for case in chains_of_resnet50() if case.operator == operator):
+        provider = bench_chains.by_cudnn(case, torch.float32)
+        expected = case.before_relu(*case.tensors.values()).relu()
+        torch.testing.assert_close(provider.function(*case.tensors.values()), expected)
+
+
+def test_bytes_and_products_of_chains() -> None:
+    """Of the first Bottleneck with an identity shortcut: 8 x 8 pixels, 64 channels inside."""
+    # Of 64 x 64 weights conv1 and conv3 have 4, conv2 has 9.
+    products = {"bottleneck_tail": 13, "bottleneck_roll": 17, "bottleneck_block": 17}
+    moved = {}
+    for case in chains_of_resnet50():
+        if case.operator in products and "-> 64 -> 1x256x8x8" in case.label:
+            moved[case.operator] = bench_chains.moved_bytes(case, "forward")
+            factor = products[case.operator]
+            assert bench_chains.flop(case, "forward") == 2 * 64 * 64 * 64 * factor
+    weights = {name: 64 * 64 * factor for name, factor in products.items()}
+    vectors = {"bottleneck_tail": 2 * 320, "bottleneck_roll": 2 * 384, "bottleneck_block": 2 * 384}
+    pixels = {"bottleneck_tail": 9, "bottleneck_roll": 10, "bottleneck_block": 8}
+    for name, count in pixels.items():
+        assert moved[name] == 4 * (64 * 64 * count + weights[name] + vectors[name]), name
 
 
 def test_backends_and_cudnn_as_providers(run: Callable[..., Done], tmp_path: Path) -> None:

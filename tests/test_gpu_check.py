@@ -70,7 +70,7 @@ def test_all_parts(programs: Programs, summary: Callable[..., tuple[int, list[st
     assert [line.split("  ")[0] for line in lines] == [
         "tests", "sanitizer memcheck", "sanitizer racecheck", "sanitizer initcheck",
         "sanitizer synccheck", "bench_add_relu", "bench_bn_relu",
-        "bench_conv_bn_relu",
+        "bench_conv_bn_relu", "bench_chains",
     ]  # fmt: skip
     assert all(" passed " in line for line in lines)
     assert "2 passed, 1 of these on the GPU" in lines[0]
@@ -80,9 +80,10 @@ def test_all_parts(programs: Programs, summary: Callable[..., tuple[int, list[st
     assert memcheck.command[-1] == "test_cuda_kernels.py"
     assert memcheck.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
     assert bench.command[1:] == [
-        "benchmarks/bench_conv_bn_relu.py", "--device", "cuda",
+        "benchmarks/bench_chains.py", "--device", "cuda",
         "--batch", "256", "--dtype", "bfloat16",
-        "--providers", "eager,compile_max_autotune,cudnn,triton", "--mode", "forward",
+        "--providers", "eager,compile,layers_cudnn,layers_triton,layers_cuda,cuda",
+        "--mode", "forward",
         "--seconds", "0.3",
     ]  # fmt: skip
     package = str(Path(_extension.__file__).parent.parent)

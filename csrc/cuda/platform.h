@@ -94,8 +94,8 @@ inline int multiprocessor_count(int device) {
   return count;
 }
 
-// Before a launch with so much dynamic shared memory. Without it, a kernel gets up to 48 KiB, together
-// with the arrays that it declares.
+// Before a launch with so much dynamic shared memory. Without it, a kernel gets up to 48 KiB,
+// together with the arrays that it declares.
 template <class Kernel>
 void allow_shared_bytes(Kernel* kernel, size_t bytes) {
   constexpr size_t kAlwaysAllowed = 40 * 1024;
