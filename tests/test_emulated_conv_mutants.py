@@ -166,19 +166,19 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             "bank conflicts",
         ),
         "first copies are no groups": Mutant(
-            "source.copy(stage * kStageBytes);\n    @ptx::commit_copies();@",
+            "source.copy(stage * kStageBytes, stage < steps);\n    @ptx::commit_copies();@",
             "",
             "forward",
             IN_FLIGHT,
         ),
         "first step not waited for": Mutant(
-            "@ptx::wait_for_copies<Tile::kStages - 2>();@\n  source.transform(0);",
+            "@ptx::wait_for_copies<Tile::kStages - 2>();@\n  source.transform(0, true);",
             "ptx::wait_for_copies<Tile::kStages - 1>();",
             "forward",
             IN_FLIGHT,
         ),
         "no barrier in front of the first step": Mutant(
-            "source.transform(0);\n  @__syncthreads();@", "", "forward", UNTIMELY
+            "source.transform(0, true);\n  @__syncthreads();@", "", "forward", UNTIMELY
         ),
         "next step not waited for": Mutant(
             "if constexpr (!Source::kTransforms) @ptx::wait_for_copies<Tile::kStages - 2>();@",
@@ -196,7 +196,7 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             IN_FLIGHT,
         ),
         "later copies are no groups": Mutant(
-            "source.copy(write);\n        @ptx::commit_copies();@", "", "forward", IN_FLIGHT
+            "source.copy(write, steps >= Tile::kStages);\n        @ptx::commit_copies();@", "", "forward", IN_FLIGHT
         ),
         "last copies not waited for": Mutant(
             "@ptx::wait_for_copies<0>();@\n  __syncthreads();\n}", "", "forward", IN_FLIGHT
@@ -251,17 +251,17 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             "traffic",
         ),
         "columns behind the last, transposed": Mutant(
-            "exists_b_ = @column < p.columns@;", "true", "dgrad", "traffic"
+            "if (@column >= p.columns@) summed_ = kNoChannel;", "false", "dgrad", "traffic"
         ),
         "copies behind the last step": Mutant(
-            "const bool is_rest = @ahead_.steps <= 0 || ahead_.channel + chunk_ >= p_.channels@;",
+            "const bool is_rest = @!is_step || ahead_.channel + chunk_ >= p_.channels@;",
             "ahead_.channel + chunk_ >= p_.channels",
             "forward in splits",
             "traffic",
         ),
         "channels behind the last": Mutant(
-            "const bool is_rest = @ahead_.steps <= 0 || ahead_.channel + chunk_ >= p_.channels@;",
-            "ahead_.steps <= 0",
+            "const bool is_rest = @!is_step || ahead_.channel + chunk_ >= p_.channels@;",
+            "!is_step",
             "forward",
             "results",
         ),
@@ -290,22 +290,22 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             "traffic",
         ),
         "transposed weight behind the last step": Mutant(
-            "exists_b_ && @ahead_.steps > 0@ &&", "true", "dgrad in splits", "traffic"
+            "const bool exists = @is_step@ && ahead_.channel", "true", "dgrad in splits", "traffic"
         ),
         "transposed channels behind the last": Mutant(
-            "ahead_.steps > 0 && @ahead_.channel + summed_ + summed < p_.channels@;",
+            "is_step && @ahead_.channel + summed_ + summed < p_.channels@;",
             "true",
             "dgrad without prologue",
             "results",
         ),
         "prologue of channels behind the last": Mutant(
-            "if (@behind_.steps > 0 && behind_.channel + chunk_ < p_.channels@) {",
-            "behind_.steps > 0",
+            "if (@is_step && behind_.channel + chunk_ < p_.channels@) {",
+            "is_step",
             "statistics behind a prologue",
             "results",
         ),
         "prologue behind the last step": Mutant(
-            "if (@behind_.steps > 0 && behind_.channel + chunk_ < p_.channels@) {",
+            "if (@is_step && behind_.channel + chunk_ < p_.channels@) {",
             "behind_.channel + chunk_ < p_.channels",
             "dgrad in splits",
             GLOBAL_RACE,
@@ -454,10 +454,10 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             GLOBAL_RACE,
         ),
         "mask of rows that are not there": Mutant(
-            "if (@!tile.has_row(row)@) return;", "false", "dgrad with mask", "traffic"
+            "if (@!tile.has_row(row)@) continue;", "false", "dgrad with mask", "traffic"
         ),
         "mask of columns that are not there": Mutant(
-            "if (@!tile.has_column(first)@) return;", "false", "dgrad with mask", "traffic"
+            "if (@!tile.has_column(tile.column(j))@) continue;", "false", "dgrad with mask", "traffic"
         ),
         "mask of the second column": Mutant(
             "if ((bits & @2@) == 0)", "1", "dgrad with mask", "results"
@@ -504,8 +504,8 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             "results",
         ),
         "sums of all phases in one place": Mutant(
-            "const int partial = @blockIdx.z * p.row_tiles + place.row_tile@;",
-            "place.row_tile",
+            "const int partial = @blockIdx.z * p.row_tiles + place.first_row / Tile::kM@;",
+            "place.first_row / Tile::kM",
             "dgrad strided",
             GLOBAL_RACE,
         ),

@@ -312,11 +312,11 @@ __device__ __forceinline__ void main_loop(typename Tile::Sum& sum, Source& sourc
 
 #pragma unroll
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
-    source.copy(stage * kStageBytes);
+    source.copy(stage * kStageBytes, stage < steps);
     ptx::commit_copies();
   }
   ptx::wait_for_copies<Tile::kStages - 2>();
-  source.transform(0);
+  source.transform(0, true);
   __syncthreads();
   load_fragments(0, 0, 0);
 
@@ -338,9 +338,9 @@ __device__ __forceinline__ void main_loop(typename Tile::Sum& sum, Source& sourc
       if (product == 0) {
         if constexpr (Source::kTransforms) {
           ptx::wait_for_copies<Tile::kStages - 3>();
-          source.transform(next);
+          source.transform(next, steps > 1);
         }
-        source.copy(write);
+        source.copy(write, steps >= Tile::kStages);
         ptx::commit_copies();
         write = write == kLastStage ? 0 : write + kStageBytes;
       }
@@ -484,6 +484,7 @@ struct BatchNormBackward {
 
 constexpr uint32_t kColumnTap = 1u << 16;
 constexpr uint32_t kNothing = 1u << 31;
+constexpr int kNoChannel = 1 << 30;  // behind all of them
 
 // Bit t says that source pixel `first` + t * dilation exists.
 __device__ inline uint32_t existing_taps(const Axis& axis, int first) {
@@ -496,7 +497,6 @@ __device__ inline uint32_t existing_taps(const Axis& axis, int first) {
 
 // Where a block works.
 struct Place {
-  int row_tile;
   int first_row;  // of the phase's pixels
   int group;
   int first_column;  // in the group
@@ -555,8 +555,8 @@ class Patches {
       const int column = place.first_column + threadIdx.x % B::kChunks * kChunk<T>;
       summed_ = threadIdx.x / B::kChunks;
       to_b_ = shared + kOffsetOfB + B::at(summed_, threadIdx.x % B::kChunks);
-      exists_b_ = column < p.columns;
       offset_b_[0] = place.group * p.weight_group + summed_ * p.weight_pitch + column;
+      if (column >= p.columns) summed_ = kNoChannel;
     } else {
       to_b_ = shared + kOffsetOfB + B::at(own_row, threadIdx.x % B::kChunks);
 #pragma unroll
@@ -569,8 +569,8 @@ class Patches {
     }
   }
 
-  __device__ __forceinline__ void copy(uint32_t stage) {
-    const bool is_rest = ahead_.steps <= 0 || ahead_.channel + chunk_ >= p_.channels;
+  __device__ __forceinline__ void copy(uint32_t stage, bool is_step) {
+    const bool is_rest = !is_step || ahead_.channel + chunk_ >= p_.channels;
     const uint32_t taps = ahead_.taps | (is_rest ? kNothing : 0);
     const T* source = static_cast<const T*>(p_.source) + source_ + ahead_.source;
 #pragma unroll
@@ -594,8 +594,7 @@ class Patches {
       const SharedAddress to = to_b_ + stage + i * B::kBytesApart;
       if constexpr (kTransposed) {
         const int summed = i * B::kSummedApart;
-        const bool exists =
-            exists_b_ && ahead_.steps > 0 && ahead_.channel + summed_ + summed < p_.channels;
+        const bool exists = is_step && ahead_.channel + summed_ + summed < p_.channels;
         const int at = offset_b_[0] + summed * p_.weight_pitch;
         ptx::copy_async(to, ptx::offset<sizeof(T)>(weight, at), exists);
       } else {
@@ -606,9 +605,9 @@ class Patches {
   }
 
   // Applies the prologue, of a pointwise convolution, to what this thread has copied.
-  __device__ __forceinline__ void transform(uint32_t stage) {
+  __device__ __forceinline__ void transform(uint32_t stage, bool is_step) {
     if constexpr (kTransforms) {
-      if (behind_.steps > 0 && behind_.channel + chunk_ < p_.channels) {
+      if (is_step && behind_.channel + chunk_ < p_.channels) {
         const typename Prologue::template Coefficients<T> coefficients(
             prologue_, first_channel_ + behind_.channel + chunk_);
 #pragma unroll
@@ -634,19 +633,16 @@ class Patches {
  private:
   // A step of the loop: how far it is from the first one.
   struct Step {
-    int steps;  // that are left
-    int tap, channel;
-    uint32_t taps, row_tap;  // the bits of what is missing that count
+    int channel;
+    uint32_t taps;  // the bits of what is missing that count: of a row and of a column
     int source, weight;
 
-    __device__ __forceinline__ Step(const ConvParameters& p, const Phase& phase, const Place& place)
-        : steps(place.steps) {
+    __device__ __forceinline__ Step(const ConvParameters& p, const Phase& phase,
+                                    const Place& place) {
       const int first = place.first_step / p.steps_of_tap;
       const int row = first / phase.columns.taps;
-      tap = first - row * phase.columns.taps;
       channel = (place.first_step - first * p.steps_of_tap) * Tile::kSummed;
-      row_tap = 1u << row;
-      taps = row_tap | kColumnTap << tap;
+      taps = 1u << row | kColumnTap << (first - row * phase.columns.taps);
       const int steps_to_tap = p.steps_of_tap * Tile::kSummed;
       source =
           first * (phase.source_next_tap + steps_to_tap) + row * phase.source_next_row + channel;
@@ -659,7 +655,6 @@ class Patches {
     }
 
     __device__ __forceinline__ void advance(const ConvParameters& p, const Phase& phase) {
-      --steps;
       channel += Tile::kSummed;
       source += Tile::kSummed;
       weight += Tile::kSummed * pitch(p);
@@ -667,13 +662,14 @@ class Patches {
       channel = 0;
       source += phase.source_next_tap;
       weight += phase.weight_next_tap;
-      if (++tap == phase.columns.taps) {
-        tap = 0;
-        row_tap <<= 1;
+      const uint32_t row = taps & (kColumnTap - 1), next_column = (taps - row) << 1;
+      if (next_column == kColumnTap << phase.columns.taps) {
+        taps = row << 1 | kColumnTap;
         source += phase.source_next_row;
         weight += phase.weight_next_row;
+      } else {
+        taps = row | next_column;
       }
-      taps = row_tap | kColumnTap << tap;
     }
   };
 
@@ -690,7 +686,6 @@ class Patches {
   uint32_t missing_[A::kCopies];  // taps
   int offset_b_[kTransposed ? 1 : B::kCopies];
   int summed_ = 0;
-  bool exists_b_ = true;
 };
 
 }  // namespace resnet_fused

@@ -394,17 +394,24 @@ struct ReluMaskBnBackward {
   static __device__ __forceinline__ void apply_mask(typename Tile::Sum& sum,
                                                     const ResultTile<Tile>& tile,
                                                     const Parameters& p) {
-    for_each(tile, [&](int i, int half, int j) {
-      const int row = tile.row(i, half), first = tile.column(j);
-      if (!tile.has_row(row)) return;
-      if (!tile.has_column(first)) return;
-      // The first one is even, so that both are in one byte.
-      const int channel = tile.channel(first);
-      const uint8_t* bytes = p.mask + static_cast<int64_t>(tile.pixel(row)) * p.mask_pitch;
-      const unsigned bits = load(bytes + channel / kMaskBits) >> channel % kMaskBits;
-      if ((bits & 1) == 0) sum[i][j][2 * half] = 0;
-      if ((bits & 2) == 0) sum[i][j][2 * half + 1] = 0;
-    });
+#pragma unroll
+    for (int i = 0; i < Tile::kFragmentsM; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = tile.row(i, half);
+        if (!tile.has_row(row)) continue;
+        const uint8_t* bytes = p.mask + static_cast<int64_t>(tile.pixel(row)) * p.mask_pitch;
+#pragma unroll
+        for (int j = 0; j < Tile::kFragmentsN; ++j) {
+          if (!tile.has_column(tile.column(j))) continue;
+          // The first channel is even: both are in one byte.
+          const int channel = tile.channel(tile.column(j));
+          const unsigned bits = load(bytes + channel / kMaskBits) >> channel % kMaskBits;
+          if ((bits & 1) == 0) sum[i][j][2 * half] = 0;
+          if ((bits & 2) == 0) sum[i][j][2 * half + 1] = 0;
+        }
+      }
+    }
   }
 
   template <class Tile>
@@ -466,7 +473,6 @@ __device__ __forceinline__ Place place_of_block(const ConvParameters& p, const P
   const int row_tile = (block - band * of_band) / width;
   const int column_tile = band * kBandTiles + (block - band * of_band) % width;
   Place place;
-  place.row_tile = row_tile;
   place.first_row = row_tile * Tile::kM;
   place.group = column_tile / p.column_tiles;
   place.first_column = (column_tile - place.group * p.column_tiles) * Tile::kN;
@@ -537,7 +543,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResidentBlocks)
   main_loop<Tile>(sum, patches, place.steps);
   if (gridDim.y > 1 && !add_splits<Tile>(sum, p)) return;
   const ResultTile<Tile> tile(p, phase, place);
-  const int partial = blockIdx.z * p.row_tiles + place.row_tile;
+  const int partial = blockIdx.z * p.row_tiles + place.first_row / Tile::kM;
   Epilogue::template apply<Tile>(sum, tile, epilogue, partial);
   tile.write(sum, p.result);
 }

@@ -37,7 +37,8 @@ struct WgradPlace {
   int first_pixel, end_pixel;
 };
 
-// Step by step through the pixels: gradients and the patches of x that they are multiplied with.
+// Step by step through the pixels: gradients and the patches of x that they are multiplied with. No
+// pixel exists behind the last step.
 template <class Tile, class Prologue>
 class PixelPairs {
   using T = typename Tile::T;
@@ -79,7 +80,7 @@ class PixelPairs {
     first_x_ = tap_x * p.dilation_x - p.padding_x;
   }
 
-  __device__ __forceinline__ void copy(uint32_t stage) {
+  __device__ __forceinline__ void copy(uint32_t stage, bool) {
 #pragma unroll
     for (int i = 0; i < A::kCopies; ++i) {
       const bool exists = exists_a_ && next_a_ + i * A::kSummedApart < end_;
@@ -100,7 +101,7 @@ class PixelPairs {
   }
 
   // Applies the prologue to what this thread has copied. Zeros of the padding stay zeros.
-  __device__ __forceinline__ void transform(uint32_t stage) {
+  __device__ __forceinline__ void transform(uint32_t stage, bool) {
     if constexpr (kTransforms) {
 #pragma unroll
       for (int i = 0; i < B::kCopies; ++i) {
