@@ -196,7 +196,10 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             IN_FLIGHT,
         ),
         "later copies are no groups": Mutant(
-            "source.copy(write, steps >= Tile::kStages);\n        @ptx::commit_copies();@", "", "forward", IN_FLIGHT
+            "source.copy(write, steps >= Tile::kStages);\n        @ptx::commit_copies();@",
+            "",
+            "forward",
+            IN_FLIGHT,
         ),
         "last copies not waited for": Mutant(
             "@ptx::wait_for_copies<0>();@\n  __syncthreads();\n}", "", "forward", IN_FLIGHT
@@ -457,7 +460,10 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             "if (@!tile.has_row(row)@) continue;", "false", "dgrad with mask", "traffic"
         ),
         "mask of columns that are not there": Mutant(
-            "if (@!tile.has_column(tile.column(j))@) continue;", "false", "dgrad with mask", "traffic"
+            "if (@!tile.has_column(tile.column(j))@) continue;",
+            "false",
+            "dgrad with mask",
+            "traffic",
         ),
         "mask of the second column": Mutant(
             "if ((bits & @2@) == 0)", "1", "dgrad with mask", "results"
