@@ -161,8 +161,8 @@ def _gpu_findings(
         found.append(
             Finding(
                 f"Triton ({why})",
-                "there are no fused convolutions for GPUs, and operators without a CUDA kernel run"
-                " in plain PyTorch",
+                "the backend triton cannot be asked for; where the extension has no CUDA kernels,"
+                " operators run in plain PyTorch",
                 "pip install 'triton>=3.6'",
             )
         )
