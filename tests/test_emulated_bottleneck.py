@@ -482,12 +482,13 @@ void check_coefficients(const char*, const char*, const Tensor&, int64_t, const 
 def source(operator: str) -> str:
     """With its own headers in place of their #include lines, for one instance."""
     text = (emulation.CSRC / f"cuda/{operator}.cu").read_text()
-    for name in ("cuda/bottleneck_launch.cuh", "cuda/bottleneck.cuh"):
-        header = (emulation.CSRC / name).read_text().replace("#pragma once", "")
-        text = emulation.mutate(text, f'#include "{name}"', header)
+    for name in ("bottleneck_launch.cuh", "bottleneck_tiles.h", "bottleneck.cuh"):
+        header = (emulation.CSRC / "cuda" / name).read_text().replace("#pragma once", "")
+        text = emulation.mutate(text, f'#include "cuda/{name}"', header)
     text, _ = re.subn(r"case 128:.*?;", "", text, flags=re.DOTALL)
     text = emulation.mutate(text, "return body(ptx::Half{});", "break;")
-    text = emulation.mutate(text, "  launch_chain<Small>(op, block, out, next_y1);\n", "")
+    small = "  launch_chain<SmallChainOf<T, Part, kMiddle>>(op, block, out, next_y1);\n"
+    text = emulation.mutate(text, small, "")
     return f'#include "cuda/bottleneck_weights.cu"\n{UNCHECKED}{text}'
 
 

@@ -67,10 +67,6 @@ struct Chain {
   using Fragments = uint32_t[kSlice / 16][kRowTiles][4];
 };
 
-// For small batches: steps of 64 pixels, which are more.
-template <class T, class Part, int kMiddle>
-using SmallChain = Chain<T, Part, kMiddle, 4, 1, 2>;
-
 struct ChainParameters {
   const void *y1, *residual;  // y1 is null where it is computed from x, which is the residual
   const void* weights;        // packed

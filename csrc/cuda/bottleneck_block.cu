@@ -24,8 +24,7 @@ Tensor bottleneck_block_cuda(const Tensor& x, const Tensor& weight1, const Tenso
   if (out.numel() == 0) return out;
   dispatch_16_bits(op, "x", x, [&](auto element) {
     using T = decltype(element);
-    launch_chain<Chain<T, WholeBlock, kMiddle, 4, 2, 2>>(op, block, out.mutable_data_ptr(),
-                                                         nullptr);
+    launch_chain<LargeChainOf<T, WholeBlock, kMiddle>>(op, block, out.mutable_data_ptr(), nullptr);
   });
   return out;
 }

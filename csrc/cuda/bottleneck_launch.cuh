@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "cuda/activation.h"
-#include "cuda/bottleneck.cuh"
+#include "cuda/bottleneck_tiles.h"
 #include "cuda/conv_launch.cuh"
 
 namespace resnet_fused {
@@ -114,15 +114,17 @@ void launch_chain(const char* op, const Bottleneck& block, void* out, void* next
                       launch.shared, current_stream(residual), p);
 }
 
-// Small, where the steps of Large are too few for all multiprocessors, or its ring is too large.
-template <class Large, class Small>
+// The small instance, where the steps of the large one are too few for all multiprocessors, or its
+// ring is too large.
+template <class T, class Part, int kMiddle>
 void launch_bottleneck(const char* op, const Bottleneck& block, void* out, void* next_y1) {
+  using Large = LargeChainOf<T, Part, kMiddle>;
   const int device = block.residual.get_device_index();
   const ChainLaunch<Large> large(block.residual);
   if (large.steps >= multiprocessor_count(device) && large.shared <= most_shared_bytes(device)) {
     return launch_chain<Large>(op, block, out, next_y1);
   }
-  launch_chain<Small>(op, block, out, next_y1);
+  launch_chain<SmallChainOf<T, Part, kMiddle>>(op, block, out, next_y1);
 }
 
 }  // namespace resnet_fused

@@ -32,13 +32,9 @@ std::tuple<Tensor, Tensor> bottleneck_roll_cuda(
     void* const next_to = next_y1.mutable_data_ptr();
     switch (middle) {
       case 64:
-        return launch_bottleneck<Chain<T, Roll, 64, 4, 2, 2>, SmallChain<T, Roll, 64>>(op, block,
-                                                                                       to, next_to);
+        return launch_bottleneck<T, Roll, 64>(op, block, to, next_to);
       case 128:
-        // Two tiles of rows for each warp would spill: y2, the sums of next_y1 and those of out are
-        // 256 registers.
-        return launch_bottleneck<Chain<T, Roll, 128, 8, 1, 1>, SmallChain<T, Roll, 128>>(
-            op, block, to, next_to);
+        return launch_bottleneck<T, Roll, 128>(op, block, to, next_to);
       default:
         fail(op, ": y1 must have 64 or 128 channels, got ", middle, " (use bottleneck_tail)");
     }

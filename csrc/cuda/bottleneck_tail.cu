@@ -26,15 +26,11 @@ Tensor bottleneck_tail_cuda(const Tensor& y1, const Tensor& residual, const Tens
     void* const to = out.mutable_data_ptr();
     switch (middle) {
       case 64:
-        return launch_bottleneck<Chain<T, Tail, 64, 4, 2, 2>, SmallChain<T, Tail, 64>>(op, block,
-                                                                                       to, nullptr);
+        return launch_bottleneck<T, Tail, 64>(op, block, to, nullptr);
       case 128:
-        return launch_bottleneck<Chain<T, Tail, 128, 8, 2, 1>, SmallChain<T, Tail, 128>>(
-            op, block, to, nullptr);
+        return launch_bottleneck<T, Tail, 128>(op, block, to, nullptr);
       case 256:
-        // With two tiles of rows for each warp, the sums alone would fill the registers.
-        return launch_bottleneck<Chain<T, Tail, 256, 8, 1, 1>, SmallChain<T, Tail, 256>>(
-            op, block, to, nullptr);
+        return launch_bottleneck<T, Tail, 256>(op, block, to, nullptr);
       default:
         fail(op, ": y1 must have 64, 128 or 256 channels, got ", middle, " (use conv_bn_relu)");
     }
