@@ -143,8 +143,13 @@ def preload() -> dict[str, str]:
 def load(path: Path, name: str) -> Any:
     if SANITIZE and "libasan" not in os.environ.get("LD_PRELOAD", ""):
         raise RuntimeError("RESNET_FUSED_TEST_SANITIZER=address: use make test-emulator-asan")
+    if _loaded.setdefault(name, path) != path:
+        raise RuntimeError(f"{name} is loaded already, from {_loaded[name]}")
     torch.ops.load_library(str(path))
     return getattr(torch.ops, name)
+
+
+_loaded: dict[str, Path] = {}
 
 
 def compile_emulator(sanitize: bool) -> list[Path]:

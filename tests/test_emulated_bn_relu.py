@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import resnet_fused as rf
-from resnet_fused import reference
+from resnet_fused import backends, cuda_chains, cuda_convolutions, reference
 from resnet_fused.layout import mask_shape
 from resnet_fused.nn import BasicBlock, Bottleneck
 
@@ -352,17 +352,34 @@ def test_blocks_run_on_these_kernels(
 
 
 @pytest.mark.parametrize("downsample", [False, True])
-def test_inference_is_one_pass_after_each_convolution(downsample: bool) -> None:
+def test_inference_is_one_pass_after_each_convolution(
+    downsample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the convolutions are PyTorch's, as on a GPU as long as nothing else is asked for."""
+    for operator in (*cuda_convolutions.OPERATORS, *cuda_chains.OPERATORS):
+        monkeypatch.delitem(backends._IMPLEMENTATIONS[operator], emulated_backend.NAME)
+    assert kernels_of_inference(downsample) == ["apply_kernel"] * 3
+
+
+@pytest.mark.parametrize("downsample", [False, True])
+def test_inference_is_convolutions_alone(downsample: bool) -> None:
+    last = "conv_projection_kernel" if downsample else "conv_kernel"
+    kernels = [kernel for kernel in kernels_of_inference(downsample) if "pack" not in kernel]
+    assert kernels == ["conv_kernel", "conv_kernel", last]
+
+
+def kernels_of_inference(downsample: bool) -> list[str]:
+    """What a Bottleneck launches, in order."""
     shortcut = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 1, bias=False), torch.nn.BatchNorm2d(64))
     block = Bottleneck(64, 16, downsample=shortcut if downsample else None).eval()
     x = images(2, 64, 7, 7).contiguous(memory_format=torch.channels_last)
     launches()
     with torch.no_grad(), rf.backend(emulated_backend.NAME):
         out = randomize(block)(x)
-    kernels = [record["kernel"] for record in launches()]
-    assert [kernel.strip("(").partition("<")[0] for kernel in kernels] == ["apply_kernel"] * 3
+    kernels = [record["kernel"].strip("(").partition("<")[0] for record in launches()]
     with torch.no_grad(), rf.backend("reference"):
         torch.testing.assert_close(out, block(x))
+    return kernels
 
 
 def test_a_block_keeps_a_mask_in_place_of_its_output() -> None:

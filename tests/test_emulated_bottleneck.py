@@ -545,7 +545,9 @@ def mutants() -> dict[str, Any]:
     texts = {mutant.operator: source(mutant.operator) for mutant in MUTANTS.values()}
     originals = list(texts)
     for i, mutant in enumerate(MUTANTS.values()):
-        texts[f"mutant_{i}"] = emulation.mutate(texts[mutant.operator], mutant.old, mutant.new)
+        texts[f"bottleneck_mutant_{i}"] = emulation.mutate(
+            texts[mutant.operator], mutant.old, mutant.new
+        )
     compiled = emulation.compile_sources(texts, "csrc/cuda/mutant.cu")
     return dict(zip((*originals, *MUTANTS), compiled.values(), strict=True))
 
