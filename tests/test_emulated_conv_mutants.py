@@ -28,7 +28,10 @@ SOURCES = (
     *("conv_operands.cu", "conv_partials.cu", "conv_bn_relu.cu", "conv_projection_relu.cu"),
     *("conv_stats.cu", "conv_dgrad.cu", "conv_wgrad.cu"),
 )
-HEADERS = ("conv.cuh", "conv_epilogue.cuh", "conv_launch.cuh", "conv_tiles.h", "reduction.h")
+HEADERS = (
+    *("conv.cuh", "conv_epilogue.cuh", "conv_kernel.cuh", "conv_launch.cuh", "conv_tiles.h"),
+    "reduction.h",
+)
 BEFORE = """
 #include <cstring>
 #include "emulator/emulator.h"
@@ -490,6 +493,8 @@ MUTANTS: dict[str, dict[str, Mutant]] = {
             "dgrad",
             GLOBAL_RACE,
         ),
+    },
+    "conv_kernel.cuh": {
         "tiles without a pixel": Mutant(
             "const int64_t steps = @place.first_row < phase.pixels ? all_steps : 0@;",
             "all_steps",

@@ -1,11 +1,11 @@
 // Convolution as an implicit matrix product on tensor cores: y = epilogue(prologue(x) * weight),
-// with what stands before and behind the product as policies.
+// with what stands before and behind the product as policies. Here: the product and what comes
+// before it; conv_epilogue.cuh and conv_kernel.cuh have the rest.
 //
 // A block computes a tile of the result; the patches of x that its rows stand for are gathered by
 // 16-byte asynchronous copies, several steps ahead, zeros where a tap lies outside of the image.
 // Both operands lie in shared memory in rows whose 16-byte chunks are permuted such that neither
-// copies nor ldmatrix meet bank conflicts. NVIDIA, "Dissecting the Ampere GPU Architecture through
-// Microbenchmarking", 2021; CUTLASS, "Implicit GEMM Convolution".
+// copies nor ldmatrix meet bank conflicts. CUTLASS documentation, "Implicit GEMM Convolution".
 #pragma once
 
 #include <cstdint>

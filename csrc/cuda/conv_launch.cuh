@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/conv_epilogue.cuh"
+#include "cuda/conv_kernel.cuh"
 #include "cuda/conv_operands.h"
 #include "cuda/conv_tiles.h"
 
