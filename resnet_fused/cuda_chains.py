@@ -1,8 +1,8 @@
 """The Python half of the CUDA kernels that run several convolutions of a Bottleneck at once.
 
 They exist for the widths of ResNets, in bfloat16 and float16; `conv_projection_relu` for all. Other
-tensors take the same layers one by one, on the backend that was asked for, so that every operator
-always computes.
+tensors take the same layers one by one, by the CUDA convolutions, so that every operator always
+computes.
 """
 
 import functools
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.cuda_convolutions import CHOSEN, uses_tf32, vector
+from resnet_fused.cuda_convolutions import CHOSEN, conv_bn_relu, vector
+from resnet_fused.precision import uses_tf32
 
 ROLL_WIDTHS = (64, 128)  # in and between the blocks
 EXPANSION = 4  # of a Bottleneck: output channels per channel of its 3x3 convolution
@@ -30,38 +31,43 @@ def launcher(operator: str, ops: Callable[[], Any]) -> Callable[..., Any]:
 
     ops: gives the namespace that the kernels are registered in.
     """
-    return functools.partial(_LAUNCHERS[operator], getattr(ops(), operator).default)
+    return functools.partial(_LAUNCHERS[operator], ops())
 
 
-def _bottleneck_tail(
-    kernel: Callable[..., Tensor], y1: Tensor, residual: Tensor, *layers: Tensor
-) -> Tensor:
+def _bottleneck_tail(ops: Any, y1: Tensor, residual: Tensor, *layers: Tensor) -> Tensor:
     second, third = layers[:3], layers[3:]
     if not _has_instance(y1, _TAIL_WIDTHS, second, third):
-        return _tail_by_layers(y1, residual, second, third)
-    return kernel(_aligned(y1), _aligned(residual), *_arguments(second, third))
+        return _tail_by_layers(ops, y1, residual, second, third)
+    out: Tensor = ops.bottleneck_tail.default(
+        _aligned(y1), _aligned(residual), *_arguments(second, third)
+    )
+    return out
 
 
 def _bottleneck_roll(
-    kernel: Callable[..., tuple[Tensor, Tensor]], y1: Tensor, residual: Tensor, *layers: Tensor
+    ops: Any, y1: Tensor, residual: Tensor, *layers: Tensor
 ) -> tuple[Tensor, Tensor]:
     second, third, next_first = layers[:3], layers[3:6], layers[6:]
     same_width = next_first[0].size(0) == y1.size(1)
     if not (same_width and _has_instance(y1, ROLL_WIDTHS, second, third)):
-        out = _tail_by_layers(y1, residual, second, third)
-        return out, _layer(out, next_first)
-    return kernel(_aligned(y1), _aligned(residual), *_arguments(second, third, next_first))
+        out = _tail_by_layers(ops, y1, residual, second, third)
+        return out, _layer(ops, out, next_first)
+    results: tuple[Tensor, Tensor] = ops.bottleneck_roll.default(
+        _aligned(y1), _aligned(residual), *_arguments(second, third, next_first)
+    )
+    return results
 
 
-def _bottleneck_block(kernel: Callable[..., Tensor], x: Tensor, *layers: Tensor) -> Tensor:
+def _bottleneck_block(ops: Any, x: Tensor, *layers: Tensor) -> Tensor:
     first, second, third = layers[:3], layers[3:6], layers[6:]
     if not _has_instance(x, _BLOCK_WIDTHS, second, third):
-        return _tail_by_layers(_layer(x, first), x, second, third)
-    return kernel(_aligned(x), *_arguments(first, second, third))
+        return _tail_by_layers(ops, _layer(ops, x, first), x, second, third)
+    out: Tensor = ops.bottleneck_block.default(_aligned(x), *_arguments(first, second, third))
+    return out
 
 
 def _conv_projection_relu(
-    kernel: Callable[..., Tensor],
+    ops: Any,
     y: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -72,11 +78,12 @@ def _conv_projection_relu(
     projection_shift: Tensor,
     stride: Sequence[int],
 ) -> Tensor:
-    return kernel(
+    out: Tensor = ops.conv_projection_relu.default(
         *(_native(y), weight, vector(scale), vector(shift)),
         *(_native(x), projection_weight, vector(projection_scale), vector(projection_shift)),
         *(stride, uses_tf32(y), *CHOSEN),
     )
+    return out
 
 
 def has_tail(width: int, kernels: int, widths: Sequence[int] = _TAIL_WIDTHS) -> bool:
@@ -112,16 +119,16 @@ def _native(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _tail_by_layers(y1: Tensor, residual: Tensor, second: Layer, third: Layer) -> Tensor:
-    return _layer(_layer(y1, second, padding=1), third, residual)
+def _tail_by_layers(ops: Any, y1: Tensor, residual: Tensor, second: Layer, third: Layer) -> Tensor:
+    return _layer(ops, _layer(ops, y1, second, padding=1), third, residual)
 
 
-def _layer(x: Tensor, layer: Layer, residual: Tensor | None = None, padding: int = 0) -> Tensor:
-    # By its name: the choice of a backend for it is a layer above this one.
-    convolution = torch.ops.resnet_fused.conv_bn_relu.default
+def _layer(
+    ops: Any, x: Tensor, layer: Layer, residual: Tensor | None = None, padding: int = 0
+) -> Tensor:
+    weight, scale, shift = layer
     geometry = (1, 1), (padding, padding), (1, 1), 1
-    out: Tensor = convolution(x, *layer, residual, True, *geometry)
-    return out
+    return conv_bn_relu(ops, x, weight, scale, shift, residual, True, *geometry)
 
 
 _LAUNCHERS: dict[str, Callable[..., Any]] = {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.layout import to_format
+from resnet_fused.precision import uses_tf32
 
 _CHANNELS_LAST = torch.channels_last
 # Which tile a kernel takes, and into how many parts it divides its sum: chosen by the kernel.
@@ -24,7 +25,7 @@ def launcher(operator: str, operators: Operators) -> Callable[..., Any]:
     return functools.partial(_LAUNCHERS[operator], operators())
 
 
-def _conv_bn_relu(
+def conv_bn_relu(
     ops: Any,
     x: Tensor,
     weight: Tensor,
@@ -34,7 +35,8 @@ def _conv_bn_relu(
     relu: bool,
     *geometry: Any,
 ) -> Tensor:
-    out: Tensor = ops.conv_bn_relu(
+    """The operator's result, in channels_last."""
+    out: Tensor = ops.conv_bn_relu.default(
         *(x.contiguous(memory_format=_CHANNELS_LAST), weight, vector(scale), vector(shift)),
         *(to_format(residual, _CHANNELS_LAST), relu, flat(geometry), uses_tf32(x), *CHOSEN),
     )
@@ -53,9 +55,9 @@ def _conv_bn_relu_(
 ) -> None:
     shared = residual.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
     if shared or not residual.is_contiguous(memory_format=_CHANNELS_LAST):
-        residual.copy_(_conv_bn_relu(ops, x, weight, scale, shift, residual, relu, *geometry))
+        residual.copy_(conv_bn_relu(ops, x, weight, scale, shift, residual, relu, *geometry))
         return
-    ops.conv_bn_relu_(
+    ops.conv_bn_relu_.default(
         *(x.contiguous(memory_format=_CHANNELS_LAST), weight, vector(scale), vector(shift)),
         *(residual, relu, flat(geometry), uses_tf32(x), *CHOSEN),
     )
@@ -86,7 +88,7 @@ def _relu_backward(ops: Any, grad_out: Tensor, out: Tensor | None) -> tuple[Tens
         return grad_out, grad_out.sum((0, 2, 3), dtype=torch.float32)
     # The backward of a batch norm that changes nothing, whose input is `out`.
     zero = grad_out.new_zeros(grad_out.size(1), dtype=torch.float32)
-    grad, _, grad_shift, *_ = ops.bn_relu_backward(
+    grad, _, grad_shift, *_ = ops.bn_relu_backward.default(
         *(grad_out, out, None, None, None, zero, zero, torch.ones_like(zero), False, False),
         *(None, False, None, None, None, None, False, True),
     )
@@ -103,10 +105,10 @@ def _conv_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.size(0) == 0:
         kernels = weight.size(0)
-        y = _conv_bn_relu(ops, x, weight, *x.new_zeros(2, kernels), None, False, *geometry)
+        y = conv_bn_relu(ops, x, weight, *x.new_zeros(2, kernels), None, False, *geometry)
         zero = x.new_zeros(kernels, dtype=torch.float32)
         return y, zero, zero.clone()
-    results: tuple[Tensor, Tensor, Tensor] = ops.conv_stats(
+    results: tuple[Tensor, Tensor, Tensor] = ops.conv_stats.default(
         *(x.contiguous(memory_format=_CHANNELS_LAST), weight, _optional(scale), _optional(shift)),
         *(flat(geometry), uses_tf32(x), *CHOSEN),
     )
@@ -140,7 +142,7 @@ def _scaled_dgrad(
         sums = grad_y.new_zeros(0 if mean is None else channels, dtype=torch.float32)
         grad_conv = grad_y.new_empty(0) if y is None else torch.empty_like(grad_y)
         return grad_x, sums, sums.clone(), grad_conv
-    results: tuple[Tensor, Tensor, Tensor, Tensor] = ops.conv_dgrad(
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = ops.conv_dgrad.default(
         *(grad_y.contiguous(memory_format=_CHANNELS_LAST), weight, input_size),
         *(to_format(y, _CHANNELS_LAST), _optional(coefficients)),
         *(to_format(residual, _CHANNELS_LAST), to_format(x, _CHANNELS_LAST)),
@@ -167,7 +169,7 @@ def _scaled_wgrad(
     """conv_wgrad with the gradients of kernels times output_scale, (K,)."""
     if grad_y.size(0) == 0:
         return torch.zeros_like(weight)
-    grad_weight: Tensor = ops.conv_wgrad(
+    grad_weight: Tensor = ops.conv_wgrad.default(
         grad_y.contiguous(memory_format=_CHANNELS_LAST),
         x.contiguous(memory_format=_CHANNELS_LAST),
         *(weight, _optional(scale), _optional(shift), output_scale),
@@ -191,14 +193,8 @@ def flat(geometry: Sequence[Any]) -> list[int]:
     return [*stride, *padding, *dilation, groups]
 
 
-def uses_tf32(x: Tensor) -> bool:
-    """Whether float32 products have TF32's precision: PyTorch's setting for convolutions."""
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    return x.is_cuda and x.dtype == torch.float32 and convolutions.fp32_precision == "tf32"
-
-
 _LAUNCHERS: dict[str, Callable[..., Any]] = {
-    "conv_bn_relu": _conv_bn_relu,
+    "conv_bn_relu": conv_bn_relu,
     "conv_bn_relu_": _conv_bn_relu_,
     "conv_bn_relu_backward": _conv_bn_relu_backward,
     "conv_stats": _conv_stats,

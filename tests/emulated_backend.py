@@ -9,7 +9,7 @@ import emulation
 import torch
 from torch import Tensor
 
-from resnet_fused import backends, cuda_chains, cuda_convolutions, native
+from resnet_fused import backends, cuda_chains, cuda_convolutions, native, precision
 
 NAME = "emulated"
 
@@ -24,6 +24,8 @@ def install() -> None:
             implementations[NAME] = backends._Implementation(_resolve(operator), _unsupported)
     for module in ("resnet_fused.ops.bn_relu", "resnet_fused.nn.block_function"):
         sys.modules[module].keeps_output = _keeps_output
+    for module in (cuda_convolutions, cuda_chains):
+        module.uses_tf32 = _uses_tf32
 
 
 def _resolve(operator: str) -> Callable[[], Callable[..., Any]]:
@@ -39,6 +41,11 @@ def _unsupported(device_type: str, dtype: torch.dtype) -> str | None:
     if dtype not in native._CUDA_DTYPES:
         return f"it does not take {dtype}"
     return emulation.unavailable()
+
+
+def _uses_tf32(x: Tensor) -> bool:
+    """Eager on a CPU has no TF32 to compare with."""
+    return x.is_cuda and precision.uses_tf32(x)
 
 
 def _keeps_output(x: Tensor) -> bool:

@@ -13,8 +13,7 @@ from bottlenecks import Subject
 from numerics import Case
 from torch import Tensor
 
-import resnet_fused as rf
-from resnet_fused import backends, cuda_chains, reference
+from resnet_fused import cuda_chains, reference
 
 MODULES = (
     *(test_bottleneck_tail, test_bottleneck_roll, test_bottleneck_block),
@@ -41,11 +40,20 @@ class Kernel:
         self._compute = getattr(reference, name)
         # tf32, tile and splits, which are the kernel's own.
         self._extra = 3 if name == "conv_projection_relu" else 0
-        self.ops = SimpleNamespace(**{name: SimpleNamespace(default=self)})
+        self.layers = 0  # that ran one by one
+        layer = SimpleNamespace(default=self._layer)
+        self.ops = SimpleNamespace(**{name: SimpleNamespace(default=self)}, conv_bn_relu=layer)
 
     def __call__(self, *arguments: Any) -> Any:
         self.calls.append(arguments)
         return self._compute(*arguments[: len(arguments) - self._extra])
+
+    def _layer(self, *arguments: Any) -> Tensor:
+        self.layers += 1
+        *tensors, relu, geometry, tf32, tile, splits = arguments
+        assert (tf32, tile, splits) == (False, -1, 0)
+        *pairs, groups = geometry[:2], geometry[2:4], geometry[4:6], geometry[6]
+        return reference.conv_bn_relu(*tensors, relu, *pairs, groups)
 
 
 def arguments_of(name: str, case: Case) -> list[Any]:
@@ -114,22 +122,13 @@ def without_instance(name: str) -> dict[str, list[Any]]:
 
 @pytest.mark.parametrize("what", ["float32", "width", "not a multiple", "wide image", "expansion"])
 @pytest.mark.parametrize("name", [name for name in WIDTHS if name.startswith("bottleneck")])
-def test_without_a_kernel_the_layers_run_one_by_one(
-    name: str, what: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kernel, arguments, chosen = Kernel(name), without_instance(name)[what], []
-    choose = backends.choose
-
-    def spy(operator: str, x: Tensor) -> Any:
-        chosen.append(operator)
-        return choose(operator, x)
-
-    monkeypatch.setattr(backends, "choose", spy)
-    with torch.no_grad(), rf.backend("reference"):
+def test_without_a_kernel_the_layers_run_one_by_one(name: str, what: str) -> None:
+    kernel, arguments = Kernel(name), without_instance(name)[what]
+    with torch.no_grad():
         actual = cuda_chains.launcher(name, lambda: kernel.ops)(*arguments)
         assert_close(actual, getattr(reference, name)(*arguments))
     assert not kernel.calls
-    assert chosen == ["conv_bn_relu"] * (2 if name == "bottleneck_tail" else 3)
+    assert kernel.layers == (2 if name == "bottleneck_tail" else 3)
 
 
 @pytest.mark.parametrize("width", cuda_chains.WIDEST_IMAGES)
@@ -150,4 +149,5 @@ def test_a_roll_to_another_width_has_no_kernel() -> None:
     with torch.no_grad():
         out, next_y1 = cuda_chains.launcher("bottleneck_roll", lambda: kernel.ops)(*tensors)
     assert not kernel.calls
+    assert kernel.layers == 3
     assert_close((out, next_y1), reference.bottleneck_roll(*tensors))

@@ -1,12 +1,9 @@
-"""resnet_fused/triton_kernels/device.py: the table of architectures, and how float32 is computed.
+"""resnet_fused/triton_kernels/device.py: the table of architectures.
 
 Neither Triton nor a GPU is needed.
 """
 
-from types import SimpleNamespace
-
 import pytest
-import torch
 
 from resnet_fused.triton_kernels import device
 
@@ -27,19 +24,3 @@ def test_architectures(capability: tuple[int, int], generation: str, shared_kib:
     """Shared memory as in the table that the function names; 12.x is Blackwell by name only."""
     found = device.of_capability(capability, 132)
     assert found == (generation, shared_kib * 1024, 132)
-
-
-@pytest.mark.parametrize(
-    ("setting", "dtype", "expected"),
-    [
-        ("tf32", torch.float32, "tf32"),
-        ("ieee", torch.float32, "tf32x3"),
-        ("tf32", torch.bfloat16, "tf32x3"),
-        ("ieee", torch.bfloat16, "tf32x3"),
-    ],
-)
-def test_float32_is_computed_as_convolutions_are(
-    setting: str, dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision=setting))
-    assert device.dot_precision(torch.empty(1, dtype=dtype)) == expected

@@ -7,6 +7,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from resnet_fused.precision import uses_tf32
+
 Generation = Literal["ampere", "hopper", "blackwell"]
 KIB = 1024
 
@@ -48,16 +50,12 @@ def of_capability(capability: tuple[int, int], multiprocessors: int) -> Architec
 
 
 def dot_precision(x: Tensor) -> str:
-    """How float32 products are computed: PyTorch's setting for convolutions.
+    """How float32 products are computed: "tf32", or "tf32x3", three products of both halves.
 
-    "tf32", or "tf32x3": three products of the high and low halves. Those keep 22 bits of each
-    product, which in sums of less than about 64 terms is up to 2.3 times float32's error. Without
-    meaning for 16-bit floats.
+    The latter keep 22 bits of each product, which in sums of less than about 64 terms is up to 2.3
+    times float32's error. Without meaning for 16-bit floats.
     """
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    if x.dtype == torch.float32 and convolutions.fp32_precision == "tf32":
-        return "tf32"
-    return "tf32x3"
+    return "tf32" if uses_tf32(x) else "tf32x3"
 
 
 def fits_tma(*tensors: Tensor | None) -> bool:
