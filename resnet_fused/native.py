@@ -49,16 +49,6 @@ def unsupported_on_cuda(device_type: str, dtype: torch.dtype) -> str | None:
     return _unsupported(dtype, _CUDA_DTYPES)
 
 
-def has_cuda_kernel(operator: str) -> bool:
-    """Whether the extension brings a CUDA kernel of `operator`, whatever GPU there is."""
-    name = f"resnet_fused_native::{operator}"
-    return (
-        _extension.built_with_cuda()
-        and hasattr(torch.ops.resnet_fused_native, operator)
-        and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
-    )
-
-
 def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
     """Whether code for `arch`, such as "8.0", "9.0a" or "10.0+PTX", runs on a GPU."""
     number, _, ptx = arch.partition("+")

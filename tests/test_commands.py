@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import resnet_fused
-from resnet_fused import _extension, backends, models, native
+from resnet_fused import _extension, backends, models
 from resnet_fused.__main__ import main
 from resnet_fused.commands import baselines, console, digits, doctor, networks, numerics, verify
 from resnet_fused.commands.cases import Case, cases, layer_shapes, run_case
@@ -184,7 +184,6 @@ def backends_of_a_machine(
     built = {"cuda": True, "archs": ["8.0", "9.0a"]}
     monkeypatch.setattr(_extension, "load", lambda: True)
     monkeypatch.setattr(_extension, "build_info", lambda: built)
-    monkeypatch.setattr(native, "has_cuda_kernel", lambda name: name.startswith("bn_relu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(capability is not None))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -201,14 +200,15 @@ def row(text: str, operator: str) -> str:
 def test_doctor_lists_cuda_kernels_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     text = backends_of_a_machine(monkeypatch, (8, 6))
     assert row(text, "bn_relu_backward").endswith("  cuda, triton, reference")
-    assert row(text, "conv_bn_relu").endswith("  reference, triton")
+    assert row(text, "conv_bn_relu_backward").endswith("  reference, cuda, triton")
+    assert row(text, "bottleneck_roll").endswith("  reference, cuda")
     assert "cannot run" not in text
 
 
 def test_doctor_lists_cuda_kernels_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     text = backends_of_a_machine(monkeypatch, None)
     assert row(text, "bn_relu").endswith("  (cuda, triton: cannot run here)")
-    assert row(text, "conv_bn_relu").endswith("  (triton: cannot run here)")
+    assert row(text, "bottleneck_roll").endswith("  (cuda: cannot run here)")
     assert "CUDA kernels, built for 8.0, 9.0a, cannot run here: there is no CUDA device." in text
     assert text.endswith("Triton kernels cannot run here: there is no CUDA device.")
 
@@ -223,7 +223,7 @@ def test_doctor_lists_cuda_kernels_for_other_gpus(monkeypatch: pytest.MonkeyPatc
 def test_doctor_does_not_list_cuda_kernels_that_were_not_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(native, "has_cuda_kernel", lambda name: False)
+    monkeypatch.setattr(_extension, "build_info", lambda: {"cuda": False, "archs": []})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = "\n".join(doctor._backend_lines(doctor._probed(doctor._backends), []))
     assert row(text, "bn_relu").endswith("  (triton: cannot run here)")
@@ -256,8 +256,10 @@ def test_doctor_finds_that_the_kernels_are_for_other_gpus() -> None:
 
 @pytest.mark.skipif(not _extension.built_with_cuda(), reason="built without CUDA")
 def test_cuda_kernels_that_were_built() -> None:
-    built = [name for name in backends.OPERATORS if native.has_cuda_kernel(name)]
-    assert built == [name for name in backends.OPERATORS if backends.has("cuda", name)]
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    kernels = {name for name in backends.OPERATORS if backends.has("cuda", name)}
+    kernels.remove("conv_bn_relu_backward")  # its Python half calls three others
+    assert not [name for name in kernels if not registered(f"resnet_fused_native::{name}", "CUDA")]
 
 
 def test_doctor_survives_a_broken_probe(monkeypatch: pytest.MonkeyPatch) -> None:

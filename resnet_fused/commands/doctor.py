@@ -245,14 +245,16 @@ def _backends() -> dict[str, Any]:
     """
     import torch
 
-    from resnet_fused import backends, native, triton_kernels
+    from resnet_fused import _extension, backends, native, triton_kernels
 
     available = torch.cuda.is_available()
     unsupported = {"cuda": native.unsupported_on_cuda, "triton": triton_kernels.unsupported}
     operators = {
-        "cuda": [name for name in backends.OPERATORS if native.has_cuda_kernel(name)],
-        "triton": [name for name in backends.OPERATORS if backends.has("triton", name)],
+        backend: [name for name in backends.OPERATORS if backends.has(backend, name)]
+        for backend in unsupported
     }
+    if not _extension.built_with_cuda():
+        operators["cuda"] = []
     return {
         "cpu": {name: backends.available(name, "cpu") for name in backends.OPERATORS},
         "cuda": {
