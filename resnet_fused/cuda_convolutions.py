@@ -53,8 +53,7 @@ def _conv_bn_relu_(
     relu: bool,
     *geometry: Any,
 ) -> None:
-    shared = residual.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    if shared or not residual.is_contiguous(memory_format=_CHANNELS_LAST):
+    if not residual.is_contiguous(memory_format=_CHANNELS_LAST):
         residual.copy_(conv_bn_relu(ops, x, weight, scale, shift, residual, relu, *geometry))
         return
     ops.conv_bn_relu_.default(

@@ -324,6 +324,21 @@ def test_other_blocks_run_as_they_are(name: str, ran: Names, inference: None) ->
     assert ran == alone + Counter({CONV: 2, ROLL: 2, TAIL: 2})
 
 
+class Unbatched(Bottleneck):
+    """Its output is for no chain."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+
+def test_a_block_can_end_what_chains_need(inference: None) -> None:
+    """Behind it blocks run as they are, and say of bad input what they say alone."""
+    blocks = stage(blocks=2)
+    blocks[0] = Unbatched(256, 64).eval()
+    with pytest.raises(ValueError, match=r"^expected 4D input \(got 3D input\)$"):
+        run_stages(X[:1], (blocks,))
+
+
 def test_blocks_that_are_converted(ran: Names, inference: None) -> None:
     """Its convolution in groups and a shortcut without batch norm are for no chain."""
     block = randomize(BottleneckCloned()).eval()
@@ -632,11 +647,10 @@ def test_subclasses_of_sequential_keep_their_forward(torchvision: ModuleType) ->
         torch.testing.assert_close(fused(X), model(X), rtol=1e-4, atol=1e-4)
 
 
-def test_stages_in_one_native_call_on_a_cpu(
-    network: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where every block has an inference plan, those of a stage run together."""
-    fused, calls = fuse(network), []
+@pytest.fixture
+def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each native call the number of its blocks."""
+    calls: list[int] = []
     run = rf.nn.inference_plan.run
 
     def spy(blocks: Any, *arguments: Any) -> Tensor | None:
@@ -646,10 +660,31 @@ def test_stages_in_one_native_call_on_a_cpu(
         return out
 
     monkeypatch.setattr(rf.nn.inference_plan, "run", spy)
+    return calls
+
+
+def test_stages_in_one_native_call_on_a_cpu(network: nn.Module, native_calls: list[int]) -> None:
+    """Where every block has an inference plan, those of a stage run together."""
+    fused = fuse(network)
     with torch.no_grad(), rf.backend("cpu"):
         for _ in range(3):
             torch.testing.assert_close(fused(X), network(X), rtol=1e-4, atol=1e-4)
-    assert calls == [3, 3]
+    assert native_calls == [3, 3]
+
+
+def test_a_stage_that_was_converted_first(torchvision: ModuleType, native_calls: list[int]) -> None:
+    """Its blocks run with those of the network that is converted around it."""
+    resnet = torchvision.models.resnet
+    model = randomize(resnet.ResNet(resnet.Bottleneck, [1, 2, 1, 1], num_classes=5)).eval()
+    x = images(1, 3, 64, 64)
+    with torch.no_grad(), rf.backend("cpu"):
+        expected = model(x)
+        model.layer2 = fuse(model.layer2)
+        fused = fuse(model)
+        assert isinstance(fused.layer2, FusedStage)
+        for _ in range(3):
+            torch.testing.assert_close(fused(x), expected, rtol=1e-3, atol=1e-3)
+    assert native_calls == [5, 5]
 
 
 # What explain says of them

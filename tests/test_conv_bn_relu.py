@@ -202,6 +202,21 @@ def test_packed_weights_in_all_layouts(
                     torch.testing.assert_close(result, expected, **close)
 
 
+@pytest.mark.parametrize("dtype", FAST)
+@pytest.mark.parametrize("backend", on_backends("conv_bn_relu", interpreter=False))
+def test_inplace_into_the_memory_of_x(backend: str, dtype: torch.dtype) -> None:
+    """All of x must have been read before anything is written."""
+    case, conv = Case(backend, (), dtype, "channels_last"), Conv((2, 64, 12, 11), 64)
+    close = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {}
+    tensors = tensors_of(case, conv, residual=False)
+    for _ in range(3):
+        x, *others = (tensor.clone() for tensor in tensors.values())
+        with rf.backend(backend), torch.no_grad():
+            expected = conv_bn_relu(x, *others, x, True, *conv.geometry)
+            conv_bn_relu_(x, *others, x, True, *conv.geometry)
+        torch.testing.assert_close(x, expected, **close)
+
+
 def test_inplace_on_an_expanded_residual_is_refused() -> None:
     case, conv = Case("cpu", (), torch.float32, "channels_last"), CONVS["3x3"]
     tensors = list(tensors_of(case, conv, residual=True).values())

@@ -345,6 +345,7 @@ def test_empty_batch(backend: str, parts: str) -> None:
         assert results["grad_conv"].shape == conv.out
         for name in ("sum_grad", "sum_grad_x"):
             assert torch.equal(results[name], torch.zeros(conv.x[1]))
+        assert results["sum_grad"].data_ptr() != results["sum_grad_x"].data_ptr()
 
 
 @pytest.mark.parametrize("backend", on_backends("conv_dgrad"))

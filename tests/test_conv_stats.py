@@ -262,6 +262,7 @@ def test_empty_batch(backend: str, prologue: bool) -> None:
     assert outputs["y"].shape == conv.out
     assert torch.equal(outputs["mean"], torch.zeros(conv.kernels))
     assert torch.equal(outputs["m2"], torch.zeros(conv.kernels))
+    assert outputs["mean"].data_ptr() != outputs["m2"].data_ptr()
     for tensor in tensors.values():
         assert torch.equal(tensor.grad, torch.zeros_like(tensor))
 

@@ -97,10 +97,11 @@ def _text(finding: Finding, following: Finding | None) -> tuple[str, bool]:
     if not cuda_chains.has_tail(layers.second[0].out_channels, layers.third[0].out_channels):
         return "", False
     text = f"{roles.convs[1]}+{roles.convs[2]}+add"
-    if following is None or following.roles is None:
+    behind = _layers(following) if following is not None else None
+    if following is None or following.roles is None or behind is None:
         return text, False
     is_called = has_hooks(finding.module) or has_hooks(following.module)
-    if is_called or not chains.rolls_into(layers, _layers(following)):
+    if is_called or not chains.rolls_into(layers, behind):
         return text, False
     return f"{text}, {following.roles.convs[0]} of the next block", True
 

@@ -111,10 +111,8 @@ def as_layers(
     return Layers(first, second, third, projection)
 
 
-def rolls_into(layers: Layers, following: Layers | None) -> bool:
-    """Whether conv1 of the block behind `layers` is computed together with its end."""
-    if following is None or layers.projection is not None:
-        return False
+def rolls_into(layers: Layers, following: Layers) -> bool:
+    """Whether conv1 of the block behind `layers`, which has no projection, is part of its end."""
     next_conv, width = following.first[0], layers.second[0].out_channels
     return (
         width in ROLL_WIDTHS
@@ -132,7 +130,7 @@ def _run_block(
     y1: what conv1 gives for x, None where that is still to be computed.
     """
     first, second, third, projection = layers
-    x = x.to(computed_dtype(x))
+    x = x.to(computed_dtype(x))  # once, for both that read it
     if y1 is None:
         y1 = _convolve(x, first)
     if projection is not None:

@@ -150,6 +150,10 @@ def _inplace_kernel(
 ) -> None:
     _check(x, weight, scale, shift, residual, geometry)
     x = x.contiguous(memory_format=memory_format(x))
+    if residual.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        # Kernels write residual before they have read all of x.
+        residual.copy_(_kernel(x, weight, scale, shift, residual, relu, *geometry))
+        return
     backends.choose("conv_bn_relu_", x)(x, weight, scale, shift, residual, relu, *geometry)
     if not residual.is_inference():
         # Kernels write through pointers: autograd must see that it was edited.

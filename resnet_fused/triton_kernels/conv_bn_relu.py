@@ -115,10 +115,9 @@ def conv_bn_relu_(
     groups: int,
     configuration: Configuration | None = None,
 ) -> None:
-    """`conv_bn_relu` into the memory of `residual`."""
+    """`conv_bn_relu` into the memory of `residual`, which x does not share."""
     geometry = stride, padding, dilation, groups
-    shared = residual.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    if shared or not residual.is_contiguous(memory_format=torch.channels_last):
+    if not residual.is_contiguous(memory_format=torch.channels_last):
         out = conv_bn_relu(x, weight, scale, shift, residual, relu, *geometry, configuration)
         residual.copy_(out)
         return
