@@ -227,6 +227,14 @@ def test_autocast(dtype: torch.dtype, ran: Names, inference: None) -> None:
     assert distance(actual, exact) <= limit
 
 
+def test_autocast_leaves_float64(ran: Names, inference: None) -> None:
+    network, x = stage(64, 2).double(), X.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run_stages(x, (network,))
+    torch.testing.assert_close(actual, plain(network)(x), rtol=1e-9, atol=1e-9)
+    assert ran == {CONV: 1, ROLL: 1, TAIL: 1}
+
+
 # Which operators run
 
 

@@ -22,7 +22,7 @@ from resnet_fused import _extension, backends, models
 from resnet_fused.__main__ import main
 from resnet_fused.commands import baselines, console, digits, doctor, networks, numerics, verify
 from resnet_fused.commands.cases import Case, cases, layer_shapes, run_case
-from resnet_fused.commands.chain_cases import blocks, chain_cases
+from resnet_fused.commands.chain_cases import Block, blocks, chain_cases
 from resnet_fused.commands.memory import saved_bytes
 from resnet_fused.commands.timing import interleave
 
@@ -315,10 +315,13 @@ BOTTLENECKS = {
 }  # fmt: skip
 
 
-def chains_of_resnet50() -> list[Case]:
+def blocks_of(name: str) -> list[Block]:
     images = torch.empty(1, 3, 64, 64, device="meta")
-    found = blocks(copy.deepcopy(networks.build_pair("resnet50").eager).to("meta"), images)
-    return list(chain_cases(found, torch.float32, torch.device("cpu")))
+    return blocks(copy.deepcopy(networks.build_pair(name).eager).to("meta"), images)
+
+
+def chains_of_resnet50() -> list[Case]:
+    return list(chain_cases(blocks_of("resnet50"), torch.float32, torch.device("cpu")))
 
 
 def test_verify_takes_the_blocks_of_bottlenecks() -> None:
@@ -330,6 +333,12 @@ def test_verify_takes_the_blocks_of_bottlenecks() -> None:
         assert not any(c.passed for c in run_case(wrong, torch.float32))
     with resnet_fused.backend("cpu"):
         assert chains_of_resnet50() == []
+
+
+def test_verify_takes_no_other_blocks() -> None:
+    """Of grouped convolutions only what adds a projection is one operator."""
+    assert [block.stride for block in blocks_of("resnext50_32x4d")] == [(1, 1), *[(2, 2)] * 3]
+    assert blocks_of("resnet18") == []
 
 
 def test_verify_fails_on_a_wrong_operator(capsys: pytest.CaptureFixture[str]) -> None:
