@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import emulation
@@ -248,6 +249,13 @@ class TestCorrectKernels:
             ops.copy(torch.ones(0))
         with pytest.raises(RuntimeError, match=r"^configure: multiprocessors must be positive"):
             ops.configure(0, 0)
+
+
+def test_a_name_stands_for_one_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a broken copy would be tested that another file has loaded."""
+    monkeypatch.setitem(emulation._loaded, "taken", Path("first.so"))
+    with pytest.raises(RuntimeError, match=r"taken is loaded already, from first\.so"):
+        emulation.load(Path("second.so"), "taken")
 
 
 @pytest.mark.parametrize("name", MUTANTS)
