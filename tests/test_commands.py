@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -106,7 +106,17 @@ def test_closed_pipe_is_quiet() -> None:
     assert "BrokenPipe" not in error
 
 
-def test_interrupt_leaves_nothing_behind(tmp_path: Path, demo_packages: None) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What a shell runs in the background ignores Ctrl-C, and so would all that it starts."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_interrupt_leaves_nothing_behind(
+    tmp_path: Path, demo_packages: None, interruptible: None
+) -> None:
     out = tmp_path / "report"
     process = command("demo", "--quick", "--batch", "2", "--out", str(out))
     assert process.stderr is not None
