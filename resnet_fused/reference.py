@@ -6,6 +6,7 @@ rounding at the end; every function is differentiable by autograd.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,27 +107,20 @@ def bn_relu_backward(
     residual_training: bool,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if residual_bn and (residual is None or residual_mean is None or residual_invstd is None):
-        raise ValueError("bn_relu_backward: residual_bn needs residual and its statistics")
-    grad = grad_out.to(mean.dtype)
-    if relu and mask is not None:
-        grad = torch.where(_unpack_mask(mask, x), grad, 0)
-    elif relu:
-        total = out
-        if total is None:
-            total = _affine(x, weight, bias, mean, invstd)
-            if residual is not None and residual_mean is not None and residual_invstd is not None:
-                total = total + _affine(
-                    residual, residual_weight, residual_bias, residual_mean, residual_invstd
-                )
-        grad = torch.where(total <= 0, 0, grad)
-    grad_x, grad_weight, grad_bias = _bn_backward(grad, x, weight, mean, invstd, training)
+    own = _Branch(x, weight, bias, mean, invstd)
+    other = _residual_branch(
+        residual, residual_bn, residual_weight, residual_bias, residual_mean, residual_invstd
+    )
+    grad = _behind_relu(grad_out, out, mask, own, other, relu)
+    sums = _gradient_sums(grad, own, other)
+    averages = sums / max(_values_per_channel(x), 1)
+    grad_x = _bn_gradient(grad, own, training, averages[:2])
+    grad_weight, grad_bias = _parameter_gradients(own, sums[:2])
     grad_residual = x.new_empty(0)
     grad_residual_weight, grad_residual_bias = grad_weight.new_empty(0), grad_weight.new_empty(0)
-    if residual is not None and residual_mean is not None and residual_invstd is not None:
-        grad_residual, grad_residual_weight, grad_residual_bias = _bn_backward(
-            grad, residual, residual_weight, residual_mean, residual_invstd, residual_training
-        )
+    if other is not None:
+        grad_residual = _bn_gradient(grad, other, residual_training, averages[::2])
+        grad_residual_weight, grad_residual_bias = _parameter_gradients(other, sums[::2])
     elif has_residual:
         grad_residual = grad.to(x.dtype, copy=grad is grad_out)  # outputs never alias arguments
     return (
@@ -137,6 +131,73 @@ def bn_relu_backward(
         grad_residual_weight,
         grad_residual_bias,
     )
+
+
+def bn_relu_backward_sums(
+    grad_out: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    residual: Tensor | None,
+    residual_bn: bool,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_mean: Tensor | None,
+    residual_invstd: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    own = _Branch(x, weight, bias, mean, invstd)
+    other = _residual_branch(
+        residual, residual_bn, residual_weight, residual_bias, residual_mean, residual_invstd
+    )
+    grad = _behind_relu(grad_out, out, mask, own, other, relu)
+    return _gradient_sums(grad, own, other).to(statistics_dtype(x))
+
+
+def bn_relu_backward_apply(
+    grad_out: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    has_residual: bool,
+    residual: Tensor | None,
+    residual_bn: bool,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_mean: Tensor | None,
+    residual_invstd: Tensor | None,
+    residual_training: bool,
+    relu: bool,
+    averages: Tensor,
+) -> tuple[Tensor, Tensor]:
+    own = _Branch(x, weight, bias, mean, invstd)
+    other = _residual_branch(
+        residual, residual_bn, residual_weight, residual_bias, residual_mean, residual_invstd
+    )
+    grad = _behind_relu(grad_out, out, mask, own, other, relu)
+    grad_x = _bn_gradient(grad, own, training, averages[:2])
+    if other is not None:
+        return grad_x, _bn_gradient(grad, other, residual_training, averages[::2])
+    if has_residual:
+        return grad_x, grad.to(x.dtype, copy=grad is grad_out)
+    return grad_x, x.new_empty(0)
+
+
+def bn_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0:
+        mean, m2 = x.new_zeros((2, x.size(1)), dtype=statistics_dtype(x)).unbind()
+        return mean, m2
+    mean, var = batch_moments(x)
+    return mean, var * _values_per_channel(x)
 
 
 def conv_bn_relu(
@@ -279,11 +340,7 @@ def conv_stats(
     p = _scale_shift_relu(x, scale, shift)
     y = F.conv2d(p, weight.to(x.dtype), None, stride, padding, dilation, groups)
     y = y.contiguous(memory_format=memory_format(x))
-    dtype = statistics_dtype(x)
-    count = y.size(0) * y.size(2) * y.size(3)
-    mean = y.to(dtype).sum(_CHANNEL_DIMS) / max(count, 1)
-    m2 = (y.to(dtype) - _per_channel(mean, dtype)).square().sum(_CHANNEL_DIMS)
-    return y, mean, m2
+    return y, *bn_statistics(y)
 
 
 def conv_dgrad(
@@ -383,43 +440,94 @@ def _affine(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor
 ) -> Tensor:
     dtype = mean.dtype
-    scale = invstd if weight is None else invstd * weight.to(dtype)
-    out = (x.to(dtype) - _per_channel(mean, dtype)) * _per_channel(scale, dtype)
+    branch = _Branch(x, weight, bias, mean, invstd)
+    out = branch.centered() * _per_channel(branch.scale(), dtype)
     return out if bias is None else out + _per_channel(bias, dtype)
 
 
-def _bn_backward(
-    grad: Tensor,
-    x: Tensor,
+class _Branch(NamedTuple):
+    """What goes into the ReLU: an activation, normalised by what was saved in the forward."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    invstd: Tensor
+
+    def scale(self) -> Tensor:
+        return self.invstd if self.weight is None else self.invstd * self.weight.to(self.mean.dtype)
+
+    def centered(self) -> Tensor:
+        return self.x.to(self.mean.dtype) - _per_channel(self.mean, self.mean.dtype)
+
+
+def _residual_branch(
+    residual: Tensor | None,
+    residual_bn: bool,
     weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = mean.dtype
-    xhat = (x.to(dtype) - _per_channel(mean, dtype)) * _per_channel(invstd, dtype)
-    sum_grad = grad.sum(_CHANNEL_DIMS)
-    sum_grad_xhat = (grad * xhat).sum(_CHANNEL_DIMS)
-    scale = invstd if weight is None else invstd * weight.to(dtype)
+    bias: Tensor | None,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+) -> _Branch | None:
+    """None where the residual has no batch norm, or there is none."""
+    if not residual_bn:
+        return None
+    if residual is None or mean is None or invstd is None:
+        raise ValueError("bn_relu_backward: residual_bn needs residual and its statistics")
+    return _Branch(residual, weight, bias, mean, invstd)
+
+
+def _behind_relu(
+    grad_out: Tensor,
+    out: Tensor | None,
+    mask: Tensor | None,
+    own: _Branch,
+    other: _Branch | None,
+    relu: bool,
+) -> Tensor:
+    """grad_out where the ReLU passed, else 0."""
+    grad = grad_out.to(own.mean.dtype)
+    if not relu:
+        return grad
+    if mask is not None:
+        return torch.where(_unpack_mask(mask, own.x), grad, 0)
+    if out is None:
+        out = _affine(*own) if other is None else _affine(*own) + _affine(*other)
+    return torch.where(out <= 0, 0, grad)
+
+
+def _gradient_sums(grad: Tensor, *branches: _Branch | None) -> Tensor:
+    """(1 + branches, C): the sum of grad, then that of grad * (x - mean) of every branch."""
+    products = [grad * branch.centered() for branch in branches if branch is not None]
+    # One dimension after the other: the error grows with how many terms are added in a row.
+    return torch.stack([each.sum(3).sum(2).sum(0) for each in (grad, *products)])
+
+
+def _bn_gradient(grad: Tensor, branch: _Branch, training: bool, averages: Tensor) -> Tensor:
+    """The gradient of branch.x; averages: (2, C), of grad and of grad * (x - mean)."""
+    dtype = grad.dtype
     if training:
-        count = x.numel() // x.size(1)
-        grad = (
-            grad
-            - _per_channel(sum_grad / count, dtype)
-            - xhat * _per_channel(sum_grad_xhat / count, dtype)
-        )
-    grad_x = (grad * _per_channel(scale, dtype)).to(x.dtype)
-    parameter_dtype = dtype if weight is None else weight.dtype
-    return grad_x, sum_grad_xhat.to(parameter_dtype), sum_grad.to(parameter_dtype)
+        slope = averages[1] * branch.invstd.square()
+        grad = grad - _per_channel(averages[0], dtype)
+        grad = grad - branch.centered() * _per_channel(slope, dtype)
+    return (grad * _per_channel(branch.scale(), dtype)).to(branch.x.dtype)
+
+
+def _parameter_gradients(branch: _Branch, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Of weight and bias, in the dtype of the weight; sums: as `_bn_gradient`'s averages."""
+    dtype = sums.dtype if branch.weight is None else branch.weight.dtype
+    # Copied, because outputs never alias each other.
+    return (sums[1] * branch.invstd).to(dtype), sums[0].to(dtype, copy=True)
 
 
 def _pack_mask(out: Tensor, x: Tensor) -> Tensor:
     """One bit per element, 1 where a gradient passes the ReLU; laid out as `mask_shape(x)` says."""
     runs, run_bytes = mask_shape(x)
+    run = x.size(2) * x.size(3)
     if x.is_contiguous(memory_format=torch.channels_last):
-        out = out.permute(0, 2, 3, 1)
-    passes = ~(out <= 0).reshape(runs, -1)
-    bits = F.pad(passes, (0, 8 * run_bytes - passes.size(1))).view(runs, run_bytes, 8)
+        out, run = out.permute(0, 2, 3, 1), x.size(1)
+    passes = ~(out <= 0).reshape(runs, run)
+    bits = F.pad(passes, (0, 8 * run_bytes - run)).view(runs, run_bytes, 8)
     return (bits << _bit_positions(x)).sum(2, dtype=torch.uint8)
 
 
@@ -452,6 +560,10 @@ def _scale_shift_relu(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> 
     if scale is None or shift is None:
         return x
     return torch.relu(_scale_shift(x, scale, shift)).to(x.dtype)
+
+
+def _values_per_channel(x: Tensor) -> int:
+    return x.size(0) * x.size(2) * x.size(3)
 
 
 def _per_channel(vector: Tensor, dtype: torch.dtype) -> Tensor:

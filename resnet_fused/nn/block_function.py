@@ -16,11 +16,11 @@ from resnet_fused.layout import memory_format
 from resnet_fused.ops.bn_relu import (
     BatchNormArgs,
     bn_relu_apply,
-    bn_relu_backward,
     bn_relu_with_statistics,
     count_as_edited,
     keeps_output,
 )
+from resnet_fused.ops.bn_relu_backward import bn_relu_backward
 
 
 class Geometry(NamedTuple):

@@ -2,6 +2,8 @@
 
 from resnet_fused.ops.add_relu import add_relu
 from resnet_fused.ops.bn_relu import BatchNormArgs, bn_relu
+from resnet_fused.ops.bn_relu_backward import bn_relu_backward_apply, bn_relu_backward_sums
+from resnet_fused.ops.bn_statistics import bn_statistics
 from resnet_fused.ops.bottleneck_block import bottleneck_block
 from resnet_fused.ops.bottleneck_roll import bottleneck_roll
 from resnet_fused.ops.bottleneck_tail import bottleneck_tail
@@ -15,6 +17,9 @@ __all__ = [
     "BatchNormArgs",
     "add_relu",
     "bn_relu",
+    "bn_relu_backward_apply",
+    "bn_relu_backward_sums",
+    "bn_statistics",
     "bottleneck_block",
     "bottleneck_roll",
     "bottleneck_tail",

@@ -13,6 +13,7 @@ from resnet_fused import backends, reference
 from resnet_fused.layout import mask_shape, memory_format, to_format
 from resnet_fused.ops import _checks
 from resnet_fused.ops._registration import call, define, refuse_gradient
+from resnet_fused.ops.bn_relu_backward import bn_relu_backward
 
 
 class BatchNormArgs(NamedTuple):
@@ -223,128 +224,6 @@ class _BnReLU(torch.autograd.Function):
         return tuple(result)
 
 
-def bn_relu_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    out: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    training: bool,
-    has_residual: bool = False,
-    residual: Tensor | None = None,
-    residual_bn: bool = False,
-    residual_weight: Tensor | None = None,
-    residual_bias: Tensor | None = None,
-    residual_mean: Tensor | None = None,
-    residual_invstd: Tensor | None = None,
-    residual_training: bool = False,
-    relu: bool = True,
-) -> tuple[Tensor, ...]:
-    """Gradients of `bn_relu`: one pass that reduces, one that applies.
-
-    grad_out, x, out, residual: (N, C, H, W); weight, bias, mean, invstd, ...: (C,); mask: as the
-    forward returned it. The sign of the ReLU is that of `out`, or `mask`, or where both are None it
-    is recomputed from x (and residual with residual_bn). Kernels for CPUs want `out` with a
-    residual, those for GPUs `mask` with a residual without residual_bn. `residual` is needed with
-    residual_bn only. Returns (grad_x, grad_weight, grad_bias,
-    grad_residual, grad_residual_weight, grad_residual_bias); what does not exist is empty.
-    """
-    return call(
-        _bn_relu_backward,
-        *(grad_out, x, out, mask, weight, bias, mean, invstd, training, has_residual, residual),
-        *(residual_bn, residual_weight, residual_bias, residual_mean, residual_invstd),
-        *(residual_training, relu),
-    )
-
-
-def _check_backward(grad_out: Tensor, x: Tensor, *rest: Any) -> None:
-    out, mask, weight, bias, mean, invstd = rest[:6]
-    has_residual, residual, residual_bn, *residual_vectors = rest[7:14]
-    _checks.check_activation("bn_relu_backward", "x", x)
-    _checks.check_tensors("bn_relu_backward", mean=mean, invstd=invstd)
-    _checks.check_like("bn_relu_backward", "grad_out", grad_out, "x", x)
-    for name, tensor in (("out", out), ("residual", residual)):
-        if tensor is not None:
-            _checks.check_like("bn_relu_backward", name, tensor, "x", x)
-    named = {"weight": weight, "bias": bias, "mean": mean, "invstd": invstd}
-    for name, vector in named.items():
-        _checks.check_per_channel("bn_relu_backward", name, vector, x)
-    if mask is not None and (mask.dtype != torch.uint8 or mask.dim() != 2):
-        raise TypeError(
-            "bn_relu_backward: mask must be what bn_relu returned, a 2-d uint8 tensor,"
-            f" got {mask.dtype} of shape {tuple(mask.shape)}"
-        )
-    if has_residual and not residual_bn and rest[-1] and out is None and mask is None:
-        raise ValueError(
-            "bn_relu_backward: out or mask must be given with relu and a residual, got None"
-        )
-    if not residual_bn:
-        return
-    if not has_residual:
-        raise ValueError("bn_relu_backward: has_residual must be True with residual_bn, got False")
-    names = ("residual_weight", "residual_bias", "residual_mean", "residual_invstd")
-    for name, vector in zip(names, residual_vectors, strict=True):
-        _checks.check_per_channel("bn_relu_backward", name, vector, x)
-    _checks.check_tensors(
-        "bn_relu_backward",
-        residual=residual,
-        residual_mean=residual_vectors[2],
-        residual_invstd=residual_vectors[3],
-    )
-
-
-def _backward_kernel(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    _check_backward(grad_out, x, *rest)
-    format_ = memory_format(x)
-    out, residual = to_format(rest[0], format_), to_format(rest[8], format_)
-    grads: tuple[Tensor, ...] = backends.choose("bn_relu_backward", x)(
-        grad_out.contiguous(memory_format=format_),
-        x.contiguous(memory_format=format_),
-        *(out, *rest[1:8], residual, *rest[9:]),
-    )
-    return grads
-
-
-def _backward_fake(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    _check_backward(grad_out, x, *rest)
-    weight, mean, has_residual, residual_bn, residual_weight = (rest[i] for i in (2, 4, 7, 9, 10))
-    grad_x = torch.empty_like(x, memory_format=memory_format(x))
-    grad_residual = torch.empty_like(grad_x) if has_residual else x.new_empty(0)
-    like = mean if weight is None else weight
-    like_residual = (
-        like if not residual_bn else mean if residual_weight is None else residual_weight
-    )
-    shape = like.shape if residual_bn else (0,)
-    return (
-        grad_x,
-        torch.empty_like(like),
-        torch.empty_like(like),
-        grad_residual,
-        like_residual.new_empty(shape),
-        like_residual.new_empty(shape),
-    )
-
-
-def _backward_differentiable(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """The formulas with batch statistics as functions of x, for derivatives of the gradient."""
-    arguments = list(rest)
-    training, residual, residual_training = rest[6], rest[8], rest[14]
-    if training:
-        arguments[4:6] = _differentiable_statistics(x, rest[5])
-    if residual is not None and residual_training:
-        arguments[12:14] = _differentiable_statistics(residual, rest[13])
-    return reference.bn_relu_backward(grad_out, x, *arguments)
-
-
-def _differentiable_statistics(x: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
-    mean, var = reference.batch_moments(x)
-    eps = invstd.pow(-2) - var.detach()  # what the forward added to the variance
-    return mean, (var + eps).rsqrt()
-
-
 def _apply_kernel(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, relu: bool
 ) -> Tensor:
@@ -386,15 +265,4 @@ _bn_relu_apply = define(
     _apply_kernel,
     _apply_fake,
     refuse_gradient("bn_relu_apply", "use bn_relu, or detach the arguments"),
-)
-_bn_relu_backward = define(
-    "bn_relu_backward(Tensor grad_out, Tensor x, Tensor? out, Tensor? mask, Tensor? weight,"
-    " Tensor? bias, Tensor mean, Tensor invstd, bool training, bool has_residual,"
-    " Tensor? residual, bool residual_bn, Tensor? residual_weight, Tensor? residual_bias,"
-    " Tensor? residual_mean, Tensor? residual_invstd, bool residual_training, bool relu)"
-    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias,"
-    " Tensor grad_residual, Tensor grad_residual_weight, Tensor grad_residual_bias)",
-    _backward_kernel,
-    _backward_fake,
-    _backward_differentiable,
 )
