@@ -41,10 +41,10 @@ STABLE_TORCH_LIBRARY(resnet_fused_native, m) {
       "direct_network(Tensor x, Tensor[] weights, Tensor[] shifts, int[] geometry, "
       "int[] convolutions, int[] projections, bool stem) -> Tensor");
   m.def(
-      "residual_block_forward(Tensor x, Tensor?[] parameters, int[] geometry, int[] training, "
-      "float[] momentum_and_eps, bool has_projection) -> Tensor[]");
+      "residual_block_forward(Tensor x, Tensor? residual, Tensor?[] parameters, int[] geometry, "
+      "int[] training, float[] momentum_and_eps, bool has_projection) -> Tensor[]");
   m.def(
-      "residual_block_backward(Tensor grad_out, Tensor out, Tensor x, Tensor[] kept, "
+      "residual_block_backward(Tensor grad_out, Tensor out, Tensor x, Tensor?[] kept, "
       "Tensor?[] parameters, int[] geometry, int[] training, float[] momentum_and_eps, "
       "bool has_projection, int[] needed) -> Tensor[]");
   m.def("fingerprint(Tensor[] tensors, int samples) -> int");

@@ -8,9 +8,20 @@ try:
     from resnet_fused import models, nn, ops
     from resnet_fused.backends import backend
     from resnet_fused.conversion import explain, fuse, unfuse
+    from resnet_fused.nn import TrainingMode
 except (ImportError, OSError):
     # `python -m resnet_fused doctor` has to be able to say what is wrong with PyTorch.
     if sys.argv[:1] != ["-m"]:
         raise
 
-__all__ = ["__version__", "backend", "explain", "fuse", "models", "nn", "ops", "unfuse"]
+__all__ = [
+    "TrainingMode",
+    "__version__",
+    "backend",
+    "explain",
+    "fuse",
+    "models",
+    "nn",
+    "ops",
+    "unfuse",
+]

@@ -374,7 +374,7 @@ def conv_dgrad(
         grad = torch.where(_scale_shift(x, scale, shift) <= 0, 0, grad)
     elif mask is not None:
         grad = grad.contiguous(memory_format=torch.channels_last)
-        grad = torch.where(_unpack_mask(mask, grad), grad, 0)
+        grad = torch.where(unpack_mask(mask, grad), grad, 0)
     sum_grad, sum_grad_x = grad.new_empty(0), grad.new_empty(0)
     if x is not None and mean is not None:
         sum_grad = grad.sum(_CHANNEL_DIMS)
@@ -490,7 +490,7 @@ def _behind_relu(
     if not relu:
         return grad
     if mask is not None:
-        return torch.where(_unpack_mask(mask, own.x), grad, 0)
+        return torch.where(unpack_mask(mask, own.x), grad, 0)
     if out is None:
         out = _affine(*own) if other is None else _affine(*own) + _affine(*other)
     return torch.where(out <= 0, 0, grad)
@@ -531,7 +531,8 @@ def _pack_mask(out: Tensor, x: Tensor) -> Tensor:
     return (bits << _bit_positions(x)).sum(2, dtype=torch.uint8)
 
 
-def _unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
+def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """Where the bits of a mask, laid out as `mask_shape(x)` says, are set; of the shape of x."""
     n, c, h, w = x.shape
     bits = (mask.unsqueeze(2) >> _bit_positions(x) & 1).bool().flatten(1)
     if x.is_contiguous(memory_format=torch.channels_last):

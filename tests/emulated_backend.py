@@ -22,7 +22,11 @@ def install() -> None:
     for operator, implementations in backends._IMPLEMENTATIONS.items():
         if "cuda" in implementations:
             implementations[NAME] = backends._Implementation(_resolve(operator), _unsupported)
-    for module in ("resnet_fused.ops.bn_relu", "resnet_fused.nn.block_function"):
+    for module in (
+        "resnet_fused.ops.bn_relu",
+        "resnet_fused.nn.block_function",
+        "resnet_fused.nn.normalization",
+    ):
         sys.modules[module].keeps_output = _keeps_output
     for module in (cuda_convolutions, cuda_chains):
         module.uses_tf32 = _uses_tf32

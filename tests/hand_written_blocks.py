@@ -269,6 +269,11 @@ class OwnNorm(nn.BatchNorm2d):
         return 2.0 * super().forward(x)
 
 
+class OwnSyncNorm(nn.SyncBatchNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * super().forward(x)
+
+
 class OwnConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + 1.0

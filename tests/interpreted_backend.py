@@ -43,7 +43,11 @@ def install() -> None:
     for operator, implementations in backends._IMPLEMENTATIONS.items():
         if "triton" in implementations:
             implementations[NAME] = backends._Implementation(_resolve(operator), _unsupported)
-    for module in ("resnet_fused.ops.bn_relu", "resnet_fused.nn.block_function"):
+    for module in (
+        "resnet_fused.ops.bn_relu",
+        "resnet_fused.nn.block_function",
+        "resnet_fused.nn.normalization",
+    ):
         _replace_keeps_output(sys.modules[module])
 
 

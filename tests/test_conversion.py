@@ -18,6 +18,7 @@ from hand_written_blocks import (
     BottleneckCloned,
     OwnConv,
     OwnNorm,
+    OwnSyncNorm,
 )
 from model_equality import assert_same_function, images, randomize, step
 from torch import Tensor, nn
@@ -188,7 +189,10 @@ OBSTACLES: dict[str, tuple[Callable[[Basic], object], str]] = {
         _set("bn1", lambda _: OwnNorm(16)),
         "bn1 is a hand_written_blocks.OwnNorm, not a plain BatchNorm2d",
     ),
-    "sync_batch_norm": (_set("bn2", lambda _: nn.SyncBatchNorm(16)), "bn2 is a SyncBatchNorm"),
+    "own_sync_norm": (
+        _set("bn2", lambda _: OwnSyncNorm(16)),
+        "bn2 is a hand_written_blocks.OwnSyncNorm, not a plain SyncBatchNorm",
+    ),
     "padding_mode": (
         _set("conv2", lambda _: nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect")),
         "conv2 pads with mode reflect, not with zeros",

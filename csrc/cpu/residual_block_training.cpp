@@ -67,8 +67,10 @@ std::array<Tensor, 6> bn_relu(const Tensor& y, const Branch& bn, const OptionalT
                  residual_bn ? residual_bn->eps : 0.0, true, false);
 }
 
-// [out, then output, mean and invstd of every convolution].
-std::vector<Tensor> residual_block_forward(const Tensor& x, std::vector<OptionalTensor> parameters,
+// residual: what is added without a projection. Returns out, then output, mean and invstd of every
+// convolution.
+std::vector<Tensor> residual_block_forward(const Tensor& x, const OptionalTensor& residual,
+                                           std::vector<OptionalTensor> parameters,
                                            std::vector<int64_t> geometry,
                                            std::vector<int64_t> training,
                                            std::vector<double> momentum_and_eps,
@@ -76,6 +78,8 @@ std::vector<Tensor> residual_block_forward(const Tensor& x, std::vector<Optional
   const Branches branches{std::move(parameters), std::move(geometry), std::move(training),
                           std::move(momentum_and_eps)};
   branches.check("residual_block_forward", has_projection);
+  STD_TORCH_CHECK(residual.has_value() != has_projection,
+                  "residual_block_forward: residual must be given where there is no projection");
   const size_t last = branches.size() - has_projection - 1;
   std::vector<Tensor> results(1);
   Tensor z = x;
@@ -97,7 +101,7 @@ std::vector<Tensor> residual_block_forward(const Tensor& x, std::vector<Optional
     results.insert(results.end(),
                    {y, normalised[1], normalised[2], shortcut, normalised[3], normalised[4]});
   } else {
-    const auto normalised = bn_relu(y, branch, x, nullptr);
+    const auto normalised = bn_relu(y, branch, residual, nullptr);
     results[0] = normalised[0];
     results.insert(results.end(), {y, normalised[1], normalised[2]});
   }
@@ -105,32 +109,32 @@ std::vector<Tensor> residual_block_forward(const Tensor& x, std::vector<Optional
 }
 
 // (grad_y, grad_weight, grad_bias, grad_residual, grad_residual_weight, grad_residual_bias)
-std::array<Tensor, 6> bn_relu_backward(const Tensor& grad, const Tensor* kept, const Branch& bn,
-                                       const OptionalTensor& out, const Tensor* residual_kept,
+std::array<Tensor, 6> bn_relu_backward(const Tensor& grad, const OptionalTensor* kept,
+                                       const Branch& bn, const OptionalTensor& out,
+                                       const OptionalTensor* residual_kept,
                                        const Branch* residual_bn) {
   const OptionalTensor none;
-  const auto residual = [&](int64_t i) {
-    return residual_kept ? OptionalTensor(residual_kept[i]) : none;
-  };
+  const auto residual = [&](int64_t i) { return residual_kept ? residual_kept[i] : none; };
   const auto parameter = [&](int64_t i) { return residual_bn ? residual_bn->parameters[i] : none; };
-  return call<6>("resnet_fused_native::bn_relu_backward", "", grad, kept[0], out, none,
-                 bn.parameters[1], bn.parameters[2], kept[1], kept[2], bn.training, out.has_value(),
-                 residual(0), residual_bn != nullptr, parameter(1), parameter(2), residual(1),
-                 residual(2), residual_bn && residual_bn->training, true);
+  return call<6>("resnet_fused_native::bn_relu_backward", "", grad, *kept[0], out, none,
+                 bn.parameters[1], bn.parameters[2], *kept[1], *kept[2], bn.training,
+                 out.has_value(), residual(0), residual_bn != nullptr, parameter(1), parameter(2),
+                 residual(1), residual(2), residual_bn && residual_bn->training, true);
 }
 
 // relu(bn(y)) once more.
-Tensor relu_output(const Tensor* kept, const Branch& bn) {
-  return call<1>("resnet_fused_native::bn_relu_apply", "", kept[0], bn.parameters[1],
-                 bn.parameters[2], kept[1], kept[2], true)[0];
+Tensor relu_output(const OptionalTensor* kept, const Branch& bn) {
+  return call<1>("resnet_fused_native::bn_relu_apply", "", *kept[0], bn.parameters[1],
+                 bn.parameters[2], *kept[1], *kept[2], true)[0];
 }
 
-// kept: what the forward returned after out. needed: whether x, then every convolution's weight,
-// needs its gradient. Returns the gradient of x through the convolutions and through the shortcut,
-// then those of weight, BN's weight and BN's bias of every convolution; what is not needed is
-// undefined.
+// kept: what the forward returned after out; outputs of the last convolution and of the projection
+// may be missing and are computed once more. needed: whether x, then every convolution's weight,
+// needs its gradient. Returns the gradient of x through the convolutions, that of the shortcut (of
+// x through the projection, or of the residual), then those of weight, BN's weight and BN's bias of
+// every convolution; what is not needed is undefined.
 std::vector<Tensor> residual_block_backward(const Tensor& grad_out, const Tensor& out,
-                                            const Tensor& x, std::vector<Tensor> kept,
+                                            const Tensor& x, std::vector<OptionalTensor> kept,
                                             std::vector<OptionalTensor> parameters,
                                             std::vector<int64_t> geometry,
                                             std::vector<int64_t> training,
@@ -151,9 +155,20 @@ std::vector<Tensor> residual_block_backward(const Tensor& grad_out, const Tensor
     grads[4 + 3 * i] = bn_bias;
   };
   const Branch final_branch = branches[last];
+  const auto input_of = [&](size_t i) {
+    return i ? relu_output(&kept[kKept * (i - 1)], branches[i - 1]) : x;
+  };
+  OptionalTensor z;  // input of the convolution at hand
+  OptionalTensor& y = kept[kKept * last];
+  if (!y) {
+    z = input_of(last);
+    y = convolve(*z, final_branch.weight(), final_branch.geometry);
+  }
   std::array<Tensor, 6> bn_grads;
   if (has_projection) {
     const Branch projection = branches[last + 1];
+    OptionalTensor& shortcut = kept[kKept * (last + 1)];
+    if (!shortcut) shortcut = convolve(x, projection.weight(), projection.geometry);
     bn_grads = bn_relu_backward(grad_out, &kept[kKept * last], final_branch, out,
                                 &kept[kKept * (last + 1)], &projection);
     const auto [grad_x, grad_weight] =
@@ -163,19 +178,20 @@ std::vector<Tensor> residual_block_backward(const Tensor& grad_out, const Tensor
     place(last + 1, grad_weight, bn_grads[4], bn_grads[5]);
   } else {
     bn_grads = bn_relu_backward(grad_out, &kept[kKept * last], final_branch, out, nullptr, nullptr);
-    if (needed[0]) grads[1] = bn_grads[3];
+    grads[1] = bn_grads[3];
   }
   for (size_t i = last;; --i) {
     const Branch branch = branches[i];
-    const Tensor z = i ? relu_output(&kept[kKept * (i - 1)], branches[i - 1]) : x;
+    if (!z) z = input_of(i);
     const auto [grad_z, grad_weight] =
-        convolve_backward(bn_grads[0], z, branch.weight(), branch.geometry, i > 0 || needed[0] != 0,
-                          needed[1 + i] != 0);
+        convolve_backward(bn_grads[0], *z, branch.weight(), branch.geometry,
+                          i > 0 || needed[0] != 0, needed[1 + i] != 0);
     place(i, grad_weight, bn_grads[1], bn_grads[2]);
     if (i == 0) {
       grads[0] = grad_z;
       return grads;
     }
+    z.reset();
     bn_grads = bn_relu_backward(grad_z, &kept[kKept * (i - 1)], branches[i - 1], std::nullopt,
                                 nullptr, nullptr);
   }

@@ -10,14 +10,17 @@ from torch import nn
 from resnet_fused.conversion.clone import clone_modules
 from resnet_fused.conversion.links import stages
 from resnet_fused.conversion.survey import survey
-from resnet_fused.conversion.swap import swap_in, swap_in_stage, swap_out
+from resnet_fused.conversion.swap import FusedBlock, swap_in, swap_in_stage, swap_out
+from resnet_fused.nn import BasicBlock, Bottleneck, TrainingMode
 
 _log = logging.getLogger("resnet_fused")
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse(model: Model, inplace: bool = False) -> Model:
+def fuse(
+    model: Model, inplace: bool = False, training_mode: TrainingMode | str | None = None
+) -> Model:
     """The same model with fused residual blocks: same numbers, less memory traffic.
 
     Converts every residual block, and the stem of torchvision's ResNets, whose forward is proven to
@@ -27,12 +30,16 @@ def fuse(model: Model, inplace: bool = False) -> Model:
     of them is moved to another dtype or device, which gives it buffers of its own). With
     inplace=True the given modules are converted. Fusing twice is fusing once.
 
+    training_mode: what every fused block keeps for its backward, see `TrainingMode`; None leaves it
+    as it is, "speed" where nothing else was set.
+
     Equivalent to `model`, called with one tensor. Later changes are safe: a block whose layers are
     exchanged or hooked afterwards runs its original forward again.
 
-    Raises TypeError unless model is a module, and ValueError where a copy cannot share the tensors
-    (DistributedDataParallel, compiled modules).
+    Raises TypeError unless model is a module, and ValueError on an unknown training_mode and where
+    a copy cannot share the tensors (DistributedDataParallel, compiled modules).
     """
+    mode = None if training_mode is None else TrainingMode.of(training_mode)
     model = _prepare(model, "fuse", inplace)
     findings = survey(model)
     for finding in findings:
@@ -40,6 +47,8 @@ def fuse(model: Model, inplace: bool = False) -> Model:
             swap_in(finding.module, finding.roles)
     for stage in stages(model, findings):
         swap_in_stage(stage)
+    if mode is not None:
+        set_training_mode(model, mode)
     done = sum(finding.roles is not None for finding in findings)
     _log.info("fused %d of %d candidates in %s", done, len(findings), type(model).__name__)
     if not done:
@@ -58,6 +67,13 @@ def unfuse(model: Model, inplace: bool = False) -> Model:
     Modules built from this library's own classes stay as they are. Raises as `fuse` does.
     """
     return restore_classes(_prepare(model, "unfuse", inplace))
+
+
+def set_training_mode(model: nn.Module, mode: TrainingMode) -> None:
+    """Let every fused block in `model` keep what `mode` says for its backward."""
+    for module in model.modules():
+        if isinstance(module, BasicBlock | Bottleneck | FusedBlock):
+            module.training_mode = mode
 
 
 def restore_classes(model: Model) -> Model:

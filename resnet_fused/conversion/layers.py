@@ -36,10 +36,10 @@ def why_not_conv(conv: nn.Module) -> str | None:
 
 def why_not_norm(norm: nn.Module) -> str | None:
     """What stands against fusing this batch norm, as the end of a sentence; None if nothing."""
-    if isinstance(norm, nn.SyncBatchNorm):
-        return "is a SyncBatchNorm, whose statistics come from all processes"
     if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
         return "is lazy and has not seen any input yet (run the model once, then fuse)"
+    if isinstance(norm, nn.SyncBatchNorm):
+        return _why_not_plain(norm, nn.SyncBatchNorm)
     return _why_not_plain(norm, nn.BatchNorm2d if not is_frozen_batch_norm(norm) else type(norm))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from resnet_fused.conversion.roles import Roles
 from resnet_fused.models import ResNet
 from resnet_fused.models.stages import planned_forwards, run_blocks, stage_forwards
-from resnet_fused.nn import BasicBlock, Bottleneck, chains, inference_plan
+from resnet_fused.nn import BasicBlock, Bottleneck, TrainingMode, chains, inference_plan
 from resnet_fused.nn.blocks import residual_forward
 from resnet_fused.nn.pairs import has_hooks
 
@@ -39,17 +39,26 @@ class Fused(nn.Module):
         return reduced
 
     def _is_as_proven(self) -> bool:
-        """Whether the children are those at conversion, and nobody listens to the bypassed ones."""
+        """Whether the children are those at conversion, and nobody listens to the bypassed ones.
+
+        A batch norm may have become one over several processes, or the other way round.
+        """
         modules, plan = self._modules, type(self).plan
         return (
             len(modules) == len(plan.children)
-            and all(type(modules.get(name)) is cls for name, cls in plan.children)
+            and all(_same_kind(type(modules.get(name)), cls) for name, cls in plan.children)
             and not any(has_hooks(getattr(self, name)) for name in plan.roles.bypassed)
         )
 
 
+def _same_kind(cls: type, other: type) -> bool:
+    return cls is other or {cls, other} == {nn.BatchNorm2d, nn.SyncBatchNorm}
+
+
 class FusedBlock(Fused):
     """The forward of a converted residual block."""
+
+    training_mode = TrainingMode.SPEED
 
     def forward(self, *args: object, **kwargs: object) -> object:
         # Proven is the call with one tensor; any other, and symbolic tracing, is the original's.
@@ -62,7 +71,8 @@ class FusedBlock(Fused):
         return super().forward(*args, **kwargs)
 
     def _forward_fused(self, x: Tensor) -> Tensor | None:
-        return residual_forward(x, *parts_of(self, type(self).plan.roles), owner=self)
+        parts = parts_of(self, type(self).plan.roles)
+        return residual_forward(x, *parts, owner=self, mode=self.training_mode)
 
 
 def _parts(block: FusedBlock) -> chains.Parts | None:
@@ -119,6 +129,7 @@ def swap_out(module: nn.Module) -> None:
     """Give the module its original class back."""
     plan = plan_of(module)
     if plan is not None:
+        vars(module).pop("training_mode", None)
         module.__class__ = plan.original
 
 

@@ -12,19 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import backends
-from resnet_fused.nn import chains
-from resnet_fused.nn.block_function import Branch, Geometry, residual_block
+from resnet_fused.nn import chains, normalization
+from resnet_fused.nn.block_function import residual_block
+from resnet_fused.nn.block_parts import Branch, Geometry
 from resnet_fused.nn.inference_plan import make_plan
 from resnet_fused.nn.pairs import (
     BatchNorm,
     Pair,
     as_pair,
+    batch_norm_args,
     calls_are_plain,
     fold,
     is_pair,
     uses_batch,
 )
-from resnet_fused.ops.bn_relu import BatchNormArgs, bn_relu
+from resnet_fused.nn.synchronization import group_of
+from resnet_fused.nn.training_mode import TrainingMode
 from resnet_fused.ops.conv_bn_relu import conv_bn_relu as folded_conv_bn_relu
 from resnet_fused.ops.conv_bn_relu import conv_bn_relu_ as folded_conv_bn_relu_
 
@@ -43,6 +46,8 @@ def conv_bn_relu(
     """
     if not (_applies(x) and is_pair(conv, bn)):
         return None
+    if torch.compiler.is_compiling() and group_of(bn) is not None:
+        return None  # messages to other processes are not traced
     return _pair_forward(x, (conv, bn), residual, relu, reuse_residual)  # type: ignore[arg-type]
 
 
@@ -51,25 +56,31 @@ def residual_forward(
     pairs: Sequence[tuple[nn.Module, nn.Module]],
     downsample: nn.Module | None,
     owner: nn.Module,
+    mode: TrainingMode = TrainingMode.SPEED,
 ) -> Tensor | None:
     """The block of `pairs` around the shortcut `downsample`; None where that cannot be fused.
 
     relu(bn(conv(... relu(bn(conv(x))))) + downsample(x)) with every normalisation in the mode of
     its own training flag. owner: the block, for which an inference plan is made where possible.
+    mode: what is kept for a backward.
     """
     if not (_applies(x) and all(is_pair(conv, bn) for conv, bn in pairs)):
         return None
     projection = as_pair(downsample)
     every: list[Pair] = [*pairs, projection] if projection is not None else [*pairs]  # type: ignore[list-item]
-    if downsample is None or projection is not None:
-        trained = torch.is_grad_enabled() and any(_is_live(bn) for _, bn in every)
-        if trained and not torch.compiler.is_compiling() and _is_one_node(x, every):
-            return _trained_forward(x, every, projection is not None)
+    if torch.compiler.is_compiling() and any(group_of(bn) is not None for _, bn in every):
+        return None  # messages to other processes are not traced
+    main: list[Pair] = [*pairs]  # type: ignore[list-item]
+    is_live = any(_is_live(bn) for _, bn in every)
+    if torch.is_grad_enabled() and is_live and not torch.compiler.is_compiling():
+        if _is_one_node(x, every):
+            return _trained_forward(x, main, projection, downsample, mode)
+    elif downsample is None or projection is not None:
         make_plan(owner, x, every, projection is not None)
         out = chains.run_block(x, pairs, downsample)
         if out is not None:
             return out
-    *first, last = every if projection is None else every[:-1]
+    *first, last = main
     z = x
     for pair in first:
         z = _pair_forward(z, pair)
@@ -77,30 +88,21 @@ def residual_forward(
         return _pair_forward(z, last, x)
     if projection is None:
         return _pair_forward(z, last, downsample(x))
+    if not _share_statistics(last[1], projection[1]):
+        return _pair_forward(z, last, _pair_forward(x, projection, relu=False))
     if not _folds(x) or _is_live(last[1]) or _is_live(projection[1]):
         y, y_shortcut = _convolve(z, last[0]), _convolve(x, projection[0])
-        return bn_relu(
-            *(y, *batch_norm_args(last[1])),
-            residual=y_shortcut,
-            residual_bn=batch_norm_args(projection[1]),
+        return normalization.bn_relu(
+            *(y, batch_norm_args(last[1]), group_of(last[1])),
+            *(y_shortcut, batch_norm_args(projection[1]), group_of(projection[1])),
         )
     shortcut = _pair_forward(x, projection, relu=False)
     return _pair_forward(z, last, shortcut, reuse_residual=True)
 
 
-def batch_norm_args(bn: BatchNorm) -> BatchNormArgs:
-    """How `bn` normalises now. In training it counts a batch, as calling the module does."""
-    if not isinstance(bn, nn.BatchNorm2d):
-        return BatchNormArgs(bn.weight, bn.bias, bn.running_mean, bn.running_var, eps=bn.eps)
-    momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    running = (bn.running_mean, bn.running_var)
-    if bn.training and not bn.track_running_stats:
-        running = (None, None)
-    return BatchNormArgs(bn.weight, bn.bias, *running, uses_batch(bn), momentum, bn.eps)
+def _share_statistics(bn: BatchNorm, other: BatchNorm) -> bool:
+    """Whether both, if they normalise by the batch, do so by the batches of the same processes."""
+    return not (uses_batch(bn) and uses_batch(other)) or group_of(bn) is group_of(other)
 
 
 def _applies(x: Tensor) -> bool:
@@ -141,7 +143,9 @@ def _pair_forward(
         y = _convolve(x, conv)
         if residual is not None:
             residual = residual.to(y.dtype)  # as in `out += identity`
-        return bn_relu(y, *batch_norm_args(bn), residual=residual, relu=relu)
+        return normalization.bn_relu(
+            y, batch_norm_args(bn), group_of(bn), residual=residual, relu=relu
+        )
     scale, shift = fold(conv, bn)
     geometry = conv.stride, cast(tuple[int, int], conv.padding), conv.dilation, conv.groups
     if residual is not None and not torch.is_autocast_enabled(x.device.type):
@@ -175,18 +179,32 @@ def _is_one_node(x: Tensor, pairs: Sequence[Pair]) -> bool:
     )
 
 
-def _trained_forward(x: Tensor, pairs: Sequence[Pair], has_projection: bool) -> Tensor:
+def _trained_forward(
+    x: Tensor,
+    pairs: Sequence[Pair],
+    projection: Pair | None,
+    downsample: nn.Module | None,
+    mode: TrainingMode,
+) -> Tensor:
     device_type = x.device.type
+    residual = None
+    if projection is not None and not _share_statistics(pairs[-1][1], projection[1]):
+        residual = _pair_forward(x, projection, relu=False)
+        projection = None
+    elif downsample is not None and projection is None:
+        residual = downsample(x)
     autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
-    branches = [
-        Branch(
-            conv.weight.to(dtype) if autocast else conv.weight,
-            batch_norm_args(bn),
-            Geometry(conv.stride, conv.padding, conv.dilation, conv.groups),  # type: ignore[arg-type]
-        )
-        for conv, bn in pairs
-    ]
-    shortcut = branches.pop() if has_projection else None
+
+    def branch(pair: Pair) -> Branch:
+        conv, bn = pair
+        geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+        weight = conv.weight.to(dtype) if autocast else conv.weight
+        return Branch(weight, batch_norm_args(bn), geometry, group_of(bn))
+
+    branches = [branch(pair) for pair in pairs]
     with torch.autocast(device_type, enabled=False):
-        return residual_block(x.to(dtype), branches, shortcut)
+        return residual_block(
+            *(x.to(dtype), branches, None if projection is None else branch(projection)),
+            *(None if residual is None else residual.to(dtype), mode),
+        )

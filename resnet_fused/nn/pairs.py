@@ -10,18 +10,18 @@ from torch.nn.modules import module as torch_module
 
 from resnet_fused.folding import scale_shift
 from resnet_fused.nn.frozen_batch_norm import FrozenBatchNorm2d, is_frozen_batch_norm
+from resnet_fused.ops.bn_relu import BatchNormArgs
 
-BatchNorm = nn.BatchNorm2d | FrozenBatchNorm2d
+BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm | FrozenBatchNorm2d
 Pair = tuple[nn.Conv2d, BatchNorm]
+_LIVE = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def is_pair(conv: nn.Module, bn: nn.Module) -> bool:
-    """Whether the two are a plain Conv2d and a BatchNorm2d or frozen BN that nobody listens to."""
+    """Whether the two are a plain Conv2d and a batch norm that nobody listens to."""
     if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros":
         return False
-    if isinstance(conv.padding, str) or not (
-        type(bn) is nn.BatchNorm2d or is_frozen_batch_norm(bn)
-    ):
+    if isinstance(conv.padding, str) or not (type(bn) in _LIVE or is_frozen_batch_norm(bn)):
         return False
     return not (has_hooks(conv) or has_hooks(bn))
 
@@ -74,7 +74,22 @@ def computed_dtype(x: Tensor) -> torch.dtype:
 
 def uses_batch(bn: BatchNorm) -> bool:
     """Whether `bn` normalises by the statistics of the batch."""
-    return isinstance(bn, nn.BatchNorm2d) and (bn.training or bn.running_mean is None)
+    return isinstance(bn, _LIVE) and (bn.training or bn.running_mean is None)
+
+
+def batch_norm_args(bn: BatchNorm) -> BatchNormArgs:
+    """How `bn` normalises now. In training it counts a batch, as calling the module does."""
+    if not isinstance(bn, _LIVE):
+        return BatchNormArgs(bn.weight, bn.bias, bn.running_mean, bn.running_var, eps=bn.eps)
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    running = (bn.running_mean, bn.running_var)
+    if bn.training and not bn.track_running_stats:
+        running = (None, None)
+    return BatchNormArgs(bn.weight, bn.bias, *running, uses_batch(bn), momentum, bn.eps)
 
 
 def fold(conv: nn.Conv2d, bn: BatchNorm) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from resnet_fused.nn import blocks, chains, inference_plan
 from resnet_fused.nn.pairs import is_plain_relu
+from resnet_fused.nn.training_mode import TrainingMode
 
 
 class _ResidualBlock(nn.Module):
     """A block whose convolutions and normalisations are conv1, bn1, conv2, bn2, ..."""
 
+    training_mode = TrainingMode.SPEED
     expansion: int
     relu: nn.Module
     downsample: nn.Module | None
@@ -24,7 +26,9 @@ class _ResidualBlock(nn.Module):
         out = inference_plan.run((self,), x)
         # Fused, the ReLU is not called: only a plain one that nobody listens to may be left out.
         if out is None and is_plain_relu(self.relu):
-            out = blocks.residual_forward(x, self._pairs(), self.downsample, owner=self)
+            out = blocks.residual_forward(
+                x, self._pairs(), self.downsample, owner=self, mode=self.training_mode
+            )
         return self._forward_unfused(x) if out is None else out
 
     def _pairs(self) -> Sequence[tuple[nn.Module, nn.Module]]:
@@ -54,9 +58,9 @@ class BasicBlock(_ResidualBlock):
 
     Equivalent to torchvision.models.resnet.BasicBlock: same constructor, attributes, `state_dict`
     and results. Follows `.train()` and `.eval()` of the block and of each normalisation at every
-    call. norm_layer makes the normalisation of a width; other than BatchNorm2d and
-    FrozenBatchNorm2d it is called as it is. Raises ValueError for groups, base_width or dilation
-    other than 1, 64 and 1.
+    call. norm_layer makes the normalisation of a width; other than BatchNorm2d, SyncBatchNorm and
+    FrozenBatchNorm2d it is called as it is. training_mode, an attribute, says what is kept for a
+    backward. Raises ValueError for groups, base_width or dilation other than 1, 64 and 1.
     """
 
     expansion = 1
@@ -99,7 +103,8 @@ class Bottleneck(_ResidualBlock):
     Equivalent to torchvision.models.resnet.Bottleneck: same constructor, attributes, `state_dict`
     and results, with any groups, width and dilation. Follows `.train()` and `.eval()` of the block
     and of each normalisation at every call. norm_layer makes the normalisation of a width; other
-    than BatchNorm2d and FrozenBatchNorm2d it is called as it is.
+    than BatchNorm2d, SyncBatchNorm and FrozenBatchNorm2d it is called as it is. training_mode, an
+    attribute, says what is kept for a backward.
     """
 
     expansion = 4
