@@ -2,6 +2,7 @@
 
 from resnet_fused.ops.add_relu import add_relu
 from resnet_fused.ops.bn_relu import BatchNormArgs, bn_relu
+from resnet_fused.ops.bn_relu_max_pool import bn_relu_max_pool
 from resnet_fused.ops.bottleneck_block import bottleneck_block
 from resnet_fused.ops.bottleneck_roll import bottleneck_roll
 from resnet_fused.ops.bottleneck_tail import bottleneck_tail
@@ -15,6 +16,7 @@ __all__ = [
     "BatchNormArgs",
     "add_relu",
     "bn_relu",
+    "bn_relu_max_pool",
     "bottleneck_block",
     "bottleneck_roll",
     "bottleneck_tail",
