@@ -23,7 +23,7 @@ from resnet_fused.ops.bn_relu import (
     differentiable_statistics,
 )
 
-_LARGEST_KERNEL = 15  # a byte holds its 225 places and reference.CLOSED
+LARGEST_KERNEL = 15  # a byte holds its 225 places and reference.CLOSED
 
 
 def bn_relu_max_pool(
@@ -116,9 +116,9 @@ def _check_windows(operator: str, x: Tensor, *windows: Sequence[int]) -> tuple[i
     for name, values in (("kernel_size", kernel_size), ("stride", stride)):
         if min(values) < 1:
             raise ValueError(f"{operator}: {name} must be at least 1, got {tuple(values)}")
-    if max(kernel_size) > _LARGEST_KERNEL:
+    if max(kernel_size) > LARGEST_KERNEL:
         raise ValueError(
-            f"{operator}: kernel_size must be at most {_LARGEST_KERNEL}, got {tuple(kernel_size)}"
+            f"{operator}: kernel_size must be at most {LARGEST_KERNEL}, got {tuple(kernel_size)}"
             " (use F.max_pool2d behind bn_relu)"
         )
     if any(not 0 <= 2 * p <= k for p, k in zip(padding, kernel_size, strict=True)):
