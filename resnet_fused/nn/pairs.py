@@ -58,7 +58,7 @@ def calls_are_plain() -> bool:
     """Whether calling a module runs it and nothing else: no tracing, transform or global hook."""
     return (
         torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._functorch.maybe_current_level() is None
         and forward_ad._current_level < 0
         and not torch_module._has_any_global_hook()
     )
