@@ -42,6 +42,14 @@ def convolution_shape(
     return (x[0], weight[0], *extent)
 
 
+def pooled_shape(
+    x: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[int, ...]:
+    """(N, C, P, Q): the shape of a pooling's output for the shape of x."""
+    extent = [(x[2 + i] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)]
+    return (x[0], x[1], *extent)
+
+
 def to_format(tensor: Tensor | None, memory_format: torch.memory_format) -> Tensor | None:
     """`tensor` in `memory_format`, itself where it already is; None stays None."""
     return None if tensor is None else tensor.contiguous(memory_format=memory_format)

@@ -16,6 +16,8 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from resnet_fused.layout import mask_shape, memory_format
 
 _CHANNEL_DIMS = (0, 2, 3)
+# In place of the maximum's position in a pooling window: the ReLU in front lets no gradient pass.
+CLOSED = 255
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -198,6 +200,91 @@ def bn_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         return mean, m2
     mean, var = batch_moments(x)
     return mean, var * _values_per_channel(x)
+
+
+def bn_relu_max_pool(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, invstd = _statistics(x, running_mean, running_var, training, momentum, eps)
+    # The maximum is that of the unrounded values: rounded ones would be equal more often.
+    total = _affine(x, weight, bias, mean, invstd)
+    windows = tuple(kernel_size), tuple(stride), tuple(padding)
+    highest, indices = F.max_pool2d(total, *windows, return_indices=True)
+    r, s = (
+        index - start
+        for index, start in zip(
+            (indices // x.size(3), indices % x.size(3)),
+            _window_starts(highest, stride, padding),
+            strict=True,
+        )
+    )
+    argmax = torch.where(highest <= 0, CLOSED, r * kernel_size[1] + s).to(torch.uint8)
+    format_ = memory_format(x)
+    out = torch.relu(highest).to(x.dtype).contiguous(memory_format=format_)
+    return out, mean, invstd, argmax.contiguous(memory_format=format_)
+
+
+def bn_relu_max_pool_backward_sums(
+    grad_out: Tensor,
+    x: Tensor,
+    argmax: Tensor,
+    mean: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    dtype = statistics_dtype(x)
+    starts = _window_starts(argmax, stride, padding)
+    taps = argmax // kernel_size[1], argmax % kernel_size[1]
+    h, w = (
+        (start + tap).clamp(0, size - 1)
+        for start, tap, size in zip(starts, taps, x.shape[2:], strict=True)
+    )
+    chosen = x.to(dtype).flatten(2).gather(2, (h * x.size(3) + w).flatten(2)).view(argmax.shape)
+    passes = argmax != CLOSED
+    grad = torch.where(passes, grad_out.to(dtype), 0)
+    centred = torch.where(passes, chosen - _per_channel(mean, dtype), 0)
+    return torch.stack([grad.sum(_CHANNEL_DIMS), (grad * centred).sum(_CHANNEL_DIMS)])
+
+
+def bn_relu_max_pool_backward_apply(
+    grad_out: Tensor,
+    x: Tensor,
+    argmax: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    averages: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    dtype = statistics_dtype(x)
+    taps = torch.arange(kernel_size[0] * kernel_size[1], dtype=torch.uint8, device=x.device)
+    is_chosen = argmax.unsqueeze(2) == taps.view(-1, 1, 1)
+    by_tap = torch.where(is_chosen, grad_out.to(dtype).unsqueeze(2), 0).flatten(1, 2).flatten(2)
+    # Unlike a scatter it adds in a fixed order.
+    grad = F.fold(
+        *(by_tap, x.shape[2:], tuple(kernel_size)), padding=tuple(padding), stride=tuple(stride)
+    )
+    if training:
+        centred = (x.to(dtype) - _per_channel(mean, dtype)) * _per_channel(invstd.square(), dtype)
+        average, slope = (_per_channel(row, dtype) for row in averages)
+        grad = grad - average - centred * slope
+    scale = invstd if weight is None else invstd * weight.to(dtype)
+    grad_x = (grad * _per_channel(scale, dtype)).to(x.dtype)
+    return grad_x.contiguous(memory_format=memory_format(x))
 
 
 def conv_bn_relu(
@@ -565,6 +652,17 @@ def _scale_shift_relu(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> 
 
 def _values_per_channel(x: Tensor) -> int:
     return x.size(0) * x.size(2) * x.size(3)
+
+
+def _window_starts(
+    pooled: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """First row, (P, 1), and first column, (Q,), of each pooling window; negative in padding."""
+    p, q = (
+        torch.arange(size, device=pooled.device) * step - before
+        for size, step, before in zip(pooled.shape[2:], stride, padding, strict=True)
+    )
+    return p.view(-1, 1), q
 
 
 def _per_channel(vector: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ import resnet_fused as rf
 from resnet_fused import models
 from resnet_fused._torchvision import import_torchvision
 from resnet_fused.models.cifar import ZeroPadShortcut
-from resnet_fused.nn import BasicBlock, Bottleneck, ConvBnReLU2d
+from resnet_fused.nn import BasicBlock, Bottleneck, ConvBnReLU2d, blocks
 
 TOTAL = 12  # images in all processes together
 STEPS = 3
@@ -41,6 +41,23 @@ def shares(kind: str, world: int) -> list[int]:
 
 def projection(norm: Norm, channels: int, planes: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(channels, planes, 1, stride, bias=False), norm(planes))
+
+
+class PooledStem(nn.Module):
+    """conv, bn, ReLU and pooling."""
+
+    def __init__(self, norm: Norm) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 12, 3, padding=1, bias=False)
+        self.bn, self.pool = norm(12), nn.MaxPool2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = blocks.conv_bn_relu_max_pool(x, self.conv, self.bn, self.pool)
+        assert out is not None
+        return out
+
+    def _forward_unfused(self, x: Tensor) -> Tensor:
+        return self.pool(torch.relu(self.bn(self.conv(x))))
 
 
 BLOCKS: dict[str, Callable[[Norm], nn.Module]] = {
@@ -63,6 +80,7 @@ BLOCKS: dict[str, Callable[[Norm], nn.Module]] = {
     "local_projection": lambda norm: Bottleneck(
         8, 4, 2, projection(nn.BatchNorm2d, 8, 16, 2), norm_layer=norm
     ),
+    "stem": PooledStem,
     "conv_bn_relu": lambda norm: ConvBnReLU2d(8, 12, 3, norm_layer=norm),
     "conv_bn": lambda norm: ConvBnReLU2d(8, 12, 3, norm_layer=norm, relu=False),
 }

@@ -479,6 +479,47 @@ def test_result_does_not_depend_on_the_number_of_threads(layout: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def max_pool(x: Tensor, training: bool = True) -> list[Tensor]:
+    """All results of the stem's operators, forward and backward."""
+    channels, windows = x.size(1), ([3, 3], [2, 2], [1, 1])
+    params = Params.random(channels, param_dtype(x.dtype))
+    out, mean, invstd, argmax = ops.bn_relu_max_pool(x, *params, training, 0.1, 1e-5, *windows)
+    grad_out = torch.empty_like(out).copy_(make(out.shape, x.dtype))
+    sums = ops.bn_relu_max_pool_backward_sums(grad_out, x, argmax, mean, *windows)
+    grad_x = ops.bn_relu_max_pool_backward_apply(
+        *(grad_out, x, argmax, params.weight, mean, invstd, training, sums / x.numel()), *windows
+    )
+    return [out, argmax, mean, invstd, sums, grad_x, *params]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_max_pool_does_not_depend_on_the_number_of_threads(layout: str) -> None:
+    x = make((12, 48, 80, 80), torch.float32, layout)
+    results = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        torch.manual_seed(0)
+        results.append(max_pool(x))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_max_pool_of_both_layouts_is_the_same(dtype: torch.dtype) -> None:
+    """Also of more channels than sums take at once; sums differ by their order alone."""
+    for shape in [(3, 21, 7, 9), (1, 2060, 3, 2)]:
+        x = make(shape, dtype)
+        results = []
+        for layout in (torch.channels_last, torch.contiguous_format):
+            torch.manual_seed(0)
+            results.append(max_pool(x.contiguous(memory_format=layout), training=False))
+        for i, (actual, expected) in enumerate(zip(*results, strict=True)):
+            if i == 4:
+                torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+            else:
+                assert torch.equal(actual, expected)
+
+
 ISA_SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
@@ -497,6 +538,7 @@ for dtype in t.DTYPES:
                     results += [*saved, *grads, *case.params]
             total = t.ops.add_relu(case.x, t.make(shape, dtype, layout))
             results += [total, t.ops.add_relu_backward(case.x, total)]
+            results += [*t.max_pool(case.x, True), *t.max_pool(case.x, False)]
 every_half = torch.arange(65536).to(torch.uint16).view(torch.float16).reshape(1, 16, 64, 64)
 every_half = every_half.nan_to_num(1.0)
 results.append(t.ops.add_relu(every_half, torch.zeros_like(every_half)))
@@ -569,6 +611,23 @@ def bn_relu(x: Tensor, params: Any = None, training: bool = True, **kwargs: Any)
 
 
 X = torch.ones(2, 3, 4, 5)
+C, G, A = torch.ones(3), torch.ones(2, 3, 2, 3), torch.zeros(2, 3, 2, 3, dtype=torch.uint8)
+
+
+def pool(x: Tensor, *windows: list[int], params: Any = (None,) * 4, training: bool = True) -> Any:
+    return ops.bn_relu_max_pool(x, *params, training, 0.1, 1e-5, *windows)
+
+
+def pool_sums(grad_out: Tensor, argmax: Tensor, mean: Tensor = C) -> Tensor:
+    windows = [3, 3], [2, 2], [1, 1]
+    return ops.bn_relu_max_pool_backward_sums(grad_out, X, argmax, mean, *windows)
+
+
+def pool_apply(grad_out: Tensor, argmax: Tensor, invstd: Tensor, averages: Tensor) -> Tensor:
+    windows = [3, 3], [2, 2], [1, 1]
+    return ops.bn_relu_max_pool_backward_apply(
+        *(grad_out, X, argmax, None, C, invstd, True, averages), *windows
+    )
 
 
 @pytest.mark.parametrize(
@@ -647,6 +706,47 @@ X = torch.ones(2, 3, 4, 5)
                 *(None, True, None, None, None, None, False, True),
             ),
             "bn_relu_backward: residual, residual_mean and residual_invstd must be given",
+        ),
+        (
+            lambda: pool(X, [3, 3], [2, 2], [2, 1]),
+            "bn_relu_max_pool: padding must be at most half of kernel_size",
+        ),
+        (
+            lambda: pool(X, [5, 3], [1, 1], [0, 1]),
+            r"room for a window, got x of shape \(2, 3, 4, 5\) and kernel_size \(5, 3\)",
+        ),
+        (lambda: pool(X, [3, 3], [0, 1], [1, 1]), "bn_relu_max_pool: "),
+        (lambda: pool(X, [3], [1, 1], [1, 1]), "must be two numbers each"),
+        (
+            lambda: pool(torch.ones(1, 1, 16, 16), [16, 16], [1, 1], [0, 0]),
+            r"bn_relu_max_pool: kernel_size must have at most 255 places, got \(16, 16\)",
+        ),
+        (
+            lambda: pool(X, [3, 3], [2, 2], [1, 1], params=(torch.ones(4), None, None, None)),
+            "bn_relu_max_pool: weight must have one value for each channel",
+        ),
+        (
+            lambda: pool(X, [3, 3], [2, 2], [1, 1], training=False),
+            "bn_relu_max_pool: running_mean and running_var must be given when not training",
+        ),
+        (
+            lambda: pool_sums(G[:1], A),
+            "bn_relu_max_pool_backward_sums: grad_out must have the shape of the pooled x",
+        ),
+        (lambda: pool_sums(G.half(), A), "grad_out must have the dtype of x"),
+        (lambda: pool_sums(G, A.int()), "argmax must be of uint8"),
+        (
+            lambda: pool_sums(G, A.contiguous(memory_format=torch.channels_last)),
+            "argmax must have the memory format of x",
+        ),
+        (lambda: pool_sums(G, A, torch.ones(2)), "mean must have one value for each channel"),
+        (
+            lambda: pool_apply(G, A, torch.ones(2), torch.ones(2, 3)),
+            "bn_relu_max_pool_backward_apply: invstd must have one value for each channel",
+        ),
+        (
+            lambda: pool_apply(G, A, C, torch.ones(3, 2)),
+            "bn_relu_max_pool_backward_apply: averages must have two values per channel",
         ),
     ],
 )

@@ -23,6 +23,14 @@ inline constexpr const char* kKernelSchemas[] = {
     "Tensor? residual_mean, Tensor? residual_invstd, bool residual_training, bool relu) "
     "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual, "
     "Tensor grad_residual_weight, Tensor grad_residual_bias)",
+    "bn_relu_max_pool(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, bool training, float momentum, float eps, int[] kernel_size, "
+    "int[] stride, int[] padding) -> (Tensor out, Tensor mean, Tensor invstd, Tensor argmax)",
+    "bn_relu_max_pool_backward_sums(Tensor grad_out, Tensor x, Tensor argmax, Tensor mean, "
+    "int[] kernel_size, int[] stride, int[] padding) -> Tensor",
+    "bn_relu_max_pool_backward_apply(Tensor grad_out, Tensor x, Tensor argmax, Tensor? weight, "
+    "Tensor mean, Tensor invstd, bool training, Tensor averages, int[] kernel_size, "
+    "int[] stride, int[] padding) -> Tensor",
     // Of convolutions: geometry is stride, padding, dilation (2 each) and groups; tf32 is for
     // float32; tile, splits: a configuration, or -1 and 0 to have it chosen.
     "conv_bn_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, "

@@ -2,147 +2,19 @@
 #include <torch/csrc/stable/library.h>
 
 #include <array>
-#include <cmath>
-#include <string>
 #include <tuple>
 
-#include "cpu/isa.h"
-#include "cpu/tensors.h"
+#include "cpu/batch_norm.h"
 
 namespace resnet_fused::cpu {
 namespace {
 
-// The arguments of one batch norm; `prefix` goes before their names in messages.
-struct BatchNorm {
-  const char* prefix;
-  const OptionalTensor &weight, &bias, &running_mean, &running_var;
-  bool training;
-  double momentum, eps;
-};
-
-std::string name_of(const BatchNorm& bn, const char* argument) {
-  return std::string(bn.prefix) + argument;
-}
-
-// Per-channel values in the dtype of arithmetic, expanded to columns.
 template <class A>
-struct Columns {
-  std::vector<A> mean, scale, bias;
-
-  Affine at(int64_t column) const {
-    return {mean.data() + column, scale.data() + column, bias.data() + column};
-  }
-};
-
-template <class A>
-Columns<A> make_columns(const Geometry& g, const std::vector<A>& mean, const std::vector<A>& invstd,
-                        const std::vector<A>& weight, const std::vector<A>& bias) {
+Columns<A> make_columns(const Geometry& g, const Normalised<A>& bn) {
   // One rounding each, here and nowhere else: backward recomputes the same values.
-  return {expand<A>(g, [&](int64_t c) { return mean[c]; }),
-          expand<A>(g, [&](int64_t c) { return weight[c] * invstd[c]; }),
-          expand<A>(g, [&](int64_t c) { return bias[c]; })};
-}
-
-template <class A>
-Tensor to_tensor(const std::vector<A>& values) {
-  Tensor t = empty_vector(static_cast<int64_t>(values.size()), arithmetic_dtype_code<A>());
-  std::copy(values.begin(), values.end(), static_cast<A*>(t.mutable_data_ptr()));
-  return t;
-}
-
-struct Moments {
-  std::vector<double> mean, var;
-};
-
-const void* offset(const void* p, int64_t elements, int64_t size) {
-  return p ? static_cast<const char*>(p) + elements * size : nullptr;
-}
-
-void* offset(void* p, int64_t elements, int64_t size) {
-  return p ? static_cast<char*>(p) + elements * size : nullptr;
-}
-
-// The first value of each channel, as the point that sums are taken around.
-template <class A>
-std::vector<A> first_values(const Geometry& g, const Tensor& x) {
-  std::vector<A> values(g.channels);
-  const int64_t stride = g.channels_last ? 1 : g.plane;
-  dispatch_floating("bn_relu", "x", x.scalar_type(), [&](auto element) {
-    const auto* p = static_cast<const decltype(element)*>(x.const_data_ptr());
-    for (int64_t c = 0; c < g.channels; ++c) values[c] = static_cast<A>(p[c * stride]);
-  });
-  return values;
-}
-
-template <class A>
-Moments batch_moments(const Geometry& g, const Tensor& x, DType dtype) {
-  const std::vector<A> first = first_values<A>(g, x);
-  const std::vector<A> shift = expand<A>(g, [&](int64_t c) { return first[c]; });
-  const int64_t size = static_cast<int64_t>(x.element_size());
-  const void* px = x.const_data_ptr();
-  const auto kernel = kernels().statistics[dtype];
-  ChunkSums sum(g), sum_squares(g);
-  g.for_each_chunk([&](int64_t chunk, int64_t element, const Matrix& m, int64_t column) {
-    kernel(m, {offset(px, element, size), shift.data() + column, sum.at(chunk, column),
-               sum_squares.at(chunk, column)});
-  });
-  Moments moments{sum.totals(), sum_squares.totals()};
-  const double n = static_cast<double>(g.values_per_channel());
-  for (int64_t c = 0; c < g.channels; ++c) {
-    const double delta = moments.mean[c] / n;
-    moments.var[c] = std::max(moments.var[c] / n - delta * delta, 0.0);
-    moments.mean[c] = first[c] + delta;
-  }
-  return moments;
-}
-
-struct Normalised {
-  Tensor mean, invstd;
-};
-
-// Statistics of one batch norm as tensors and, with weight and bias, as columns.
-template <class A>
-Normalised normalise(const Geometry& g, const Tensor& x, DType dtype, const BatchNorm& bn,
-                     Columns<A>& columns) {
-  const char* op = "bn_relu";
-  const std::string mean_name = name_of(bn, "running_mean"), var_name = name_of(bn, "running_var");
-  const auto weight = read_channels<A>(op, name_of(bn, "weight").c_str(), bn.weight, g.channels, 1);
-  const auto bias = read_channels<A>(op, name_of(bn, "bias").c_str(), bn.bias, g.channels, 0);
-  std::vector<A> mean(g.channels), invstd(g.channels);
-  if (bn.training) {
-    if (bn.running_mean) check_channels(op, mean_name.c_str(), *bn.running_mean, g.channels);
-    if (bn.running_var) check_channels(op, var_name.c_str(), *bn.running_var, g.channels);
-    const int64_t n = g.values_per_channel();
-    STD_TORCH_CHECK(n > 1, op,
-                    ": Expected more than 1 value per channel when training, got input size ",
-                    to_string(x.sizes()));
-    const Moments moments = batch_moments<A>(g, x, dtype);
-    for (int64_t c = 0; c < g.channels; ++c) {
-      mean[c] = static_cast<A>(moments.mean[c]);
-      invstd[c] = static_cast<A>(1 / std::sqrt(moments.var[c] + bn.eps));
-    }
-    const double unbiased = static_cast<double>(n) / static_cast<double>(n - 1);
-    if (bn.running_mean) {
-      update_channels(op, mean_name.c_str(), *bn.running_mean, [&](int64_t c, double old) {
-        return bn.momentum * moments.mean[c] + (1 - bn.momentum) * old;
-      });
-    }
-    if (bn.running_var) {
-      update_channels(op, var_name.c_str(), *bn.running_var, [&](int64_t c, double old) {
-        return bn.momentum * unbiased * moments.var[c] + (1 - bn.momentum) * old;
-      });
-    }
-  } else {
-    STD_TORCH_CHECK(bn.running_mean && bn.running_var, op, ": ", mean_name, " and ", var_name,
-                    " must be given when not training, got None (use training=True)");
-    mean = read_channels<A>(op, mean_name.c_str(), bn.running_mean, g.channels, 0);
-    const auto var = read_channels<A>(op, var_name.c_str(), bn.running_var, g.channels, 0);
-    for (int64_t c = 0; c < g.channels; ++c) {
-      invstd[c] = static_cast<A>(1 / std::sqrt(static_cast<double>(var[c]) + bn.eps));
-    }
-  }
-  columns = make_columns(g, mean, invstd, weight, bias);
-  return {to_tensor(mean), to_tensor(invstd)};
+  return {expand<A>(g, [&](int64_t c) { return bn.mean[c]; }),
+          expand<A>(g, [&](int64_t c) { return bn.weight[c] * bn.invstd[c]; }),
+          expand<A>(g, [&](int64_t c) { return bn.bias[c]; })};
 }
 
 template <class A>
@@ -169,15 +41,24 @@ ForwardResult forward(const Tensor& x, DType dtype, const BatchNorm& bn,
                       const OptionalTensor& residual, bool has_residual_bn,
                       const BatchNorm& residual_bn, bool relu) {
   const Geometry g(x);
-  Columns<A> columns, residual_columns;
-  const Normalised own = normalise(g, x, dtype, bn, columns);
-  const int32_t code = arithmetic_dtype_code<A>();
-  Normalised other{empty_vector(0, code), empty_vector(0, code)};
-  if (has_residual_bn) other = normalise(g, *residual, dtype, residual_bn, residual_columns);
+  const char* op = "bn_relu";
+  const Normalised<A> own = normalise<A>(op, g, x, dtype, bn);
+  const Columns<A> columns = make_columns(g, own);
+  Normalised<A> other;
+  Columns<A> residual_columns;
+  if (has_residual_bn) {
+    other = normalise<A>(op, g, *residual, dtype, residual_bn);
+    residual_columns = make_columns(g, other);
+  }
   Tensor out =
       apply(g, x, dtype, columns, residual, has_residual_bn ? &residual_columns : nullptr, relu);
   const Tensor mask = empty_vector(0, aoti_torch_dtype_uint8());
-  return {out, own.mean, own.invstd, other.mean, other.invstd, mask};
+  return {out,
+          to_tensor(own.mean),
+          to_tensor(own.invstd),
+          to_tensor(other.mean),
+          to_tensor(other.invstd),
+          mask};
 }
 
 ForwardResult bn_relu_cpu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -209,10 +90,10 @@ ForwardResult bn_relu_cpu(const Tensor& x, const OptionalTensor& weight, const O
 template <class A>
 Columns<A> read_columns(const char* op, const Geometry& g, const OptionalTensor& weight,
                         const OptionalTensor& bias, const Tensor& mean, const Tensor& invstd) {
-  return make_columns<A>(g, read_channels<A>(op, "mean", mean, g.channels, 0),
-                         read_channels<A>(op, "invstd", invstd, g.channels, 0),
-                         read_channels<A>(op, "weight", weight, g.channels, 1),
-                         read_channels<A>(op, "bias", bias, g.channels, 0));
+  return make_columns<A>(g, {read_channels<A>(op, "mean", mean, g.channels, 0),
+                             read_channels<A>(op, "invstd", invstd, g.channels, 0),
+                             read_channels<A>(op, "weight", weight, g.channels, 1),
+                             read_channels<A>(op, "bias", bias, g.channels, 0)});
 }
 
 Tensor bn_relu_apply_cpu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -245,9 +126,9 @@ struct ColumnsBackward {
 
   ColumnsBackward(const char* op, const Geometry& g, const BatchNormBackward& bn)
       : invstd(read_channels<A>(op, bn.invstd_name, bn.invstd, g.channels, 0)) {
-    affine = make_columns<A>(g, read_channels<A>(op, bn.mean_name, bn.mean, g.channels, 0), invstd,
-                             read_channels<A>(op, bn.weight_name, bn.weight, g.channels, 1),
-                             read_channels<A>(op, "bias", bn.bias, g.channels, 0));
+    affine = make_columns<A>(g, {read_channels<A>(op, bn.mean_name, bn.mean, g.channels, 0), invstd,
+                                 read_channels<A>(op, bn.weight_name, bn.weight, g.channels, 1),
+                                 read_channels<A>(op, "bias", bn.bias, g.channels, 0)});
   }
 
   void project(const Geometry& g, const std::vector<double>& sum_dy,

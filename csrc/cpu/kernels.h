@@ -61,6 +61,43 @@ struct GradientArgs {
   Projection projection, residual_projection;
 };
 
+// In place of a maximum's position in its window: it is not positive, so that no gradient passes.
+constexpr int64_t kClosed = 255;
+
+// Pooling along one side of an image.
+struct PoolingAxis {
+  int64_t size, out_size, kernel, stride, padding;
+};
+
+// Pooling of `channels` channels of an image, whose pixels are `pixel` elements apart.
+struct Pooling {
+  PoolingAxis rows, columns;
+  int64_t pixel, channels;
+};
+
+struct MaxPoolArgs {
+  const void* x;
+  Affine bn;
+  void* out;
+  uint8_t* argmax;
+};
+
+struct MaxPoolSumsArgs {
+  const void *grad_out, *x;
+  const uint8_t* argmax;
+  const void* mean;
+  // Sums of dy and dy * (x - mean), where dy is grad_out at the place of the maximum.
+  double *sum_dy, *sum_dy_x;
+};
+
+struct MaxPoolGradientArgs {
+  const void *grad_out, *x;
+  const uint8_t* argmax;
+  void* grad_x;
+  Affine bn;
+  Projection projection;
+};
+
 // Pixels and channels of the output that a direct convolution computes at once.
 constexpr int64_t kTilePixels = 14;
 constexpr int64_t kTileChannels = 32;
@@ -125,6 +162,12 @@ struct Kernels {
   void (*reduce[kDTypes][kMasks][kResiduals])(Matrix, ReduceArgs);
   // [residual_bn] [training] [residual_training]; without training there is no projection.
   void (*gradients[kDTypes][kMasks][2][2][2])(Matrix, GradientArgs);
+  // Of rows [begin, end), of the pooled image but for the gradients. Sums take at most
+  // kMaxSumColumns channels.
+  void (*max_pool[kDTypes])(Pooling, MaxPoolArgs, int64_t begin, int64_t end);
+  void (*max_pool_sums[kDTypes])(Pooling, MaxPoolSumsArgs, int64_t begin, int64_t end);
+  void (*max_pool_gradients[kDTypes][2])(Pooling, MaxPoolGradientArgs, int64_t begin,
+                                         int64_t end);  // [training]
   // [pixels]; null for dtypes without an inner loop.
   void (*convolution_tile[kDTypes][kTilePixels + 1])(ConvolutionTile);
   void (*max_pool_row[kDTypes])(MaxPoolRow);

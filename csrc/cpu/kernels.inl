@@ -306,6 +306,8 @@ void gradients_kernel(Matrix m, GradientArgs args) {
   for_each_block<T>(m, body);
 }
 
+#include "cpu/max_pool.inl"
+
 template <class T>
 void max_pool_row_kernel(MaxPoolRow row) {
   const int64_t pixel = row.channels * sizeof(T);
@@ -363,6 +365,10 @@ constexpr void add_kernels(Kernels& k, DType dtype) {
   add_for_mask<T, kNoMask>(k, dtype);
   add_for_mask<T, kMaskFromOut>(k, dtype);
   add_for_mask<T, kMaskFromX>(k, dtype);
+  k.max_pool[dtype] = max_pool_kernel<T>;
+  k.max_pool_sums[dtype] = max_pool_sums_kernel<T>;
+  k.max_pool_gradients[dtype][false] = max_pool_gradients_kernel<T, false>;
+  k.max_pool_gradients[dtype][true] = max_pool_gradients_kernel<T, true>;
   k.max_pool_row[dtype] = max_pool_row_kernel<T>;
 }
 

@@ -16,6 +16,10 @@ typedef int32_t IntVec RESNET_FUSED_VECTOR(RESNET_FUSED_VECTOR_BYTES);
 typedef uint32_t BitsVec RESNET_FUSED_VECTOR(RESNET_FUSED_VECTOR_BYTES);
 typedef float HalfFloatVec RESNET_FUSED_VECTOR(RESNET_FUSED_VECTOR_BYTES / 2);
 typedef uint16_t HalfBitsVec RESNET_FUSED_VECTOR(RESNET_FUSED_VECTOR_BYTES / 2);
+typedef int64_t LongVec RESNET_FUSED_VECTOR(RESNET_FUSED_VECTOR_BYTES);
+// As many bytes as there are floats or doubles in a register.
+typedef uint8_t FloatBytes RESNET_FUSED_VECTOR(RESNET_FUSED_VECTOR_BYTES / 4);
+typedef uint8_t DoubleBytes RESNET_FUSED_VECTOR(RESNET_FUSED_VECTOR_BYTES / 8);
 
 #define RESNET_FUSED_INLINE static inline __attribute__((always_inline))
 #define RESNET_FUSED_INLINE_BODY __attribute__((always_inline))
@@ -25,6 +29,8 @@ template <class T>
 struct Element {
   using Scalar = float;
   using Vec = FloatVec;
+  using Index = IntVec;  // an integer for each lane, as comparisons give it
+  using Bytes = FloatBytes;
   // The largest positive value that rounds to zero in T, so that a sign taken before rounding
   // agrees with one taken after.
   static constexpr float kRoundsToZero = 0.0f;
@@ -33,6 +39,8 @@ template <>
 struct Element<double> {
   using Scalar = double;
   using Vec = DoubleVec;
+  using Index = LongVec;
+  using Bytes = DoubleBytes;
   static constexpr double kRoundsToZero = 0.0;
 };
 template <>
@@ -96,6 +104,29 @@ RESNET_FUSED_INLINE HalfBitsVec narrow_bits(BitsVec v) {
 #else
   return __builtin_convertvector(v, HalfBitsVec);
 #endif
+}
+
+RESNET_FUSED_INLINE IntVec widen(FloatBytes v) {
+#if defined(RESNET_FUSED_AVX512)
+  return (IntVec)_mm512_cvtepu8_epi32((__m128i)v);
+#elif defined(RESNET_FUSED_AVX2)
+  return (IntVec)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bit_cast<int64_t>(v)));
+#else
+  return __builtin_convertvector(v, IntVec);
+#endif
+}
+RESNET_FUSED_INLINE LongVec widen(DoubleBytes v) { return __builtin_convertvector(v, LongVec); }
+
+// Keeps the low byte of each lane.
+RESNET_FUSED_INLINE FloatBytes to_bytes(IntVec v) {
+#if defined(RESNET_FUSED_AVX512)
+  return (FloatBytes)_mm512_cvtepi32_epi8((__m512i)v);
+#else
+  return __builtin_convertvector(v, FloatBytes);
+#endif
+}
+RESNET_FUSED_INLINE DoubleBytes to_bytes(LongVec v) {
+  return __builtin_convertvector(v, DoubleBytes);
 }
 
 RESNET_FUSED_INLINE FloatVec load(const float* p) { return load_raw<FloatVec>(p); }

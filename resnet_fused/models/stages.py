@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.nn import BasicBlock, Bottleneck, chains, inference_plan
-from resnet_fused.nn.blocks import conv_bn_relu
+from resnet_fused.nn.blocks import conv_bn_relu, conv_bn_relu_max_pool
 from resnet_fused.nn.inference_plan import Stem
 from resnet_fused.nn.pairs import has_hooks, is_plain_relu
 
@@ -54,7 +54,13 @@ def run_stem_and_stages(x: Tensor, stem: Stem, stages: Sequence[nn.Module]) -> T
         return out
     if is_plain:
         inference_plan.make_stem_plan(stem, x)
-    return run_stages(stem.maxpool(run_stem(x, stem.conv, stem.bn, stem.relu)), stages)
+    return run_stages(_run_pooled_stem(x, stem), stages)
+
+
+def _run_pooled_stem(x: Tensor, stem: Stem) -> Tensor:
+    conv, bn, relu, maxpool = stem
+    out = conv_bn_relu_max_pool(x, conv, bn, maxpool) if is_plain_relu(relu) else None
+    return maxpool(run_stem(x, conv, bn, relu)) if out is None else out
 
 
 def _run_plans(x: Tensor, blocks: Sequence[nn.Module], stem: Stem | None = None) -> Tensor | None:

@@ -24,10 +24,13 @@ from resnet_fused.nn.pairs import (
     calls_are_plain,
     fold,
     is_pair,
+    is_plain_max_pool,
+    pair_of,
     uses_batch,
 )
 from resnet_fused.nn.synchronization import group_of
 from resnet_fused.nn.training_mode import TrainingMode
+from resnet_fused.ops.bn_relu_max_pool import LARGEST_KERNEL
 from resnet_fused.ops.conv_bn_relu import conv_bn_relu as folded_conv_bn_relu
 from resnet_fused.ops.conv_bn_relu import conv_bn_relu_ as folded_conv_bn_relu_
 
@@ -49,6 +52,27 @@ def conv_bn_relu(
     if torch.compiler.is_compiling() and group_of(bn) is not None:
         return None  # messages to other processes are not traced
     return _pair_forward(x, (conv, bn), residual, relu, reuse_residual)  # type: ignore[arg-type]
+
+
+def conv_bn_relu_max_pool(
+    x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module
+) -> Tensor | None:
+    """pool(relu(bn(conv(x)))) with a live normalisation; None where that cannot be fused."""
+    if not (
+        x.dim() == 4
+        and _has_max_pool(x)
+        and calls_are_plain()
+        and is_pair(conv, bn)
+        and _is_live(bn)  # type: ignore[arg-type]
+        and is_plain_max_pool(pool)
+        and max(pair_of(pool.kernel_size)) <= LARGEST_KERNEL
+    ):
+        return None
+    if torch.compiler.is_compiling() and group_of(bn) is not None:
+        return None  # messages to other processes are not traced
+    windows = (pair_of(size) for size in (pool.kernel_size, pool.stride, pool.padding))
+    y, bn_args = _convolve(x, conv), batch_norm_args(bn)  # type: ignore[arg-type]
+    return normalization.bn_relu_max_pool(y, bn_args, group_of(bn), *windows)
 
 
 def residual_forward(
@@ -116,6 +140,12 @@ def _folds(x: Tensor) -> bool:
     Else they are one pass over its output.
     """
     name = "conv_bn_relu"
+    return backends.is_implemented(name) and backends.is_accelerated(name, x)
+
+
+def _has_max_pool(x: Tensor) -> bool:
+    """Whether batch norm, ReLU and pooling can be one operator that is faster than three."""
+    name = "bn_relu_max_pool"
     return backends.is_implemented(name) and backends.is_accelerated(name, x)
 
 

@@ -20,10 +20,11 @@ from resnet_fused.nn.pairs import (
     calls_are_plain,
     computed_dtype,
     fold,
-    has_hooks,
     hooks_of,
     is_pair,
+    is_plain_max_pool,
     is_plain_relu,
+    pair_of,
     uses_batch,
 )
 from resnet_fused.packing import Convolution, PackedBlock
@@ -97,16 +98,10 @@ def is_plain_stem(stem: Stem) -> bool:
     return (
         is_pair(conv, bn)
         and is_plain_relu(relu)
-        and type(pool) is nn.MaxPool2d
-        and not has_hooks(pool)
-        and not (pool.ceil_mode or pool.return_indices)
-        and [_pair_of(n) for n in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
-        == [(3, 3), (2, 2), (1, 1), (1, 1)]
+        and is_plain_max_pool(pool)
+        and [pair_of(n) for n in (pool.kernel_size, pool.stride, pool.padding)]
+        == [(3, 3), (2, 2), (1, 1)]
     )
-
-
-def _pair_of(size: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _can_plan(x: Tensor, pairs: Sequence[Pair]) -> bool:

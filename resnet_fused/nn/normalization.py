@@ -1,5 +1,6 @@
 """Batch normalisation, residual and ReLU by the statistics of one or of several processes."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,6 +20,11 @@ from resnet_fused.ops.bn_relu_backward import (
     bn_relu_backward,
     bn_relu_backward_apply,
     bn_relu_backward_sums,
+)
+from resnet_fused.ops.bn_relu_max_pool import (
+    bn_relu_max_pool_backward_apply,
+    bn_relu_max_pool_backward_sums,
+    bn_relu_max_pool_with_statistics,
 )
 from resnet_fused.ops.bn_statistics import bn_statistics
 
@@ -65,6 +71,19 @@ def bn_relu(
     settings = [norm[4:] for norm in norms], (group, residual_group), relu
     tensors = [tensor for norm in norms for tensor in norm[:4]]
     out: Tensor = _BnReLUOfGroups.apply(settings, x, residual, *tensors)
+    return out
+
+
+def bn_relu_max_pool(
+    x: Tensor, bn: BatchNormArgs, group: Group | None, *windows: Sequence[int]
+) -> Tensor:
+    """`ops.bn_relu_max_pool` of the processes of a group. Differentiable, once with a group.
+
+    x: (N, C, H, W), out: (N, C, P, Q). windows: kernel_size, stride, padding, two ints each.
+    """
+    if group is None:
+        return bn_relu_max_pool_with_statistics(x, bn, *windows)[0]
+    out: Tensor = _BnReLUMaxPoolOfGroup.apply((bn[4:], group, windows), x, *bn[:4])
     return out
 
 
@@ -174,5 +193,31 @@ class _BnReLUOfGroups(torch.autograd.Function):
         every = [grads[0], grads[3], *grads[1:3], None, None]
         if residual_affine:
             every += (*grads[4:], None, None)
+        needed = ctx.needs_input_grad[1:]
+        return (None, *(g if need else None for g, need in zip(every, needed, strict=True)))
+
+
+class _BnReLUMaxPoolOfGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, settings: Any, x: Tensor, *vectors: Any) -> Tensor:
+        norm, group, windows = settings
+        (moments,) = of_all_processes([_moments(x)], [group])
+        bn = settle(BatchNormArgs(*vectors, *norm), moments)
+        out, mean, invstd, argmax = bn_relu_max_pool_with_statistics(x, bn, *windows)
+        ctx.settings = settings
+        ctx.save_for_backward(x, argmax, mean, invstd, bn.weight)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        _, group, windows = ctx.settings
+        x, argmax, mean, invstd, weight = ctx.saved_tensors
+        sums = bn_relu_max_pool_backward_sums(grad_out, x, argmax, mean, *windows)
+        averages = averages_over(sums, values_per_channel(x), group)
+        grad_x = bn_relu_max_pool_backward_apply(
+            grad_out, x, argmax, weight, mean, invstd, True, averages, *windows
+        )
+        every = (grad_x, *parameter_gradients(sums[0], sums[1], weight, invstd), None, None)
         needed = ctx.needs_input_grad[1:]
         return (None, *(g if need else None for g, need in zip(every, needed, strict=True)))

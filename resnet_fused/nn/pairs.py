@@ -1,7 +1,7 @@
 """A convolution and the batch normalisation of its output: the unit that is fused."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +39,26 @@ def is_plain_relu(module: nn.Module) -> bool:
     return type(module) is nn.ReLU and not has_hooks(module)
 
 
+def is_plain_max_pool(module: nn.Module) -> TypeGuard[nn.MaxPool2d]:
+    """Whether the module is a MaxPool2d of adjacent values that nobody listens to."""
+    return (
+        type(module) is nn.MaxPool2d
+        and not has_hooks(module)
+        and not (module.ceil_mode or module.return_indices)
+        and pair_of(module.dilation) == (1, 1)
+    )
+
+
+def pair_of(size: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Two sizes from one for both sides of an image, or two."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def calls_are_plain() -> bool:
     """Whether calling a module runs it and nothing else: no tracing, transform or global hook."""
     return (
         torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._functorch.maybe_current_level() is None
         and forward_ad._current_level < 0
         and not torch_module._has_any_global_hook()
     )

@@ -3,6 +3,7 @@
 from resnet_fused.ops.add_relu import add_relu
 from resnet_fused.ops.bn_relu import BatchNormArgs, bn_relu
 from resnet_fused.ops.bn_relu_backward import bn_relu_backward_apply, bn_relu_backward_sums
+from resnet_fused.ops.bn_relu_max_pool import bn_relu_max_pool
 from resnet_fused.ops.bn_statistics import bn_statistics
 from resnet_fused.ops.bottleneck_block import bottleneck_block
 from resnet_fused.ops.bottleneck_roll import bottleneck_roll
@@ -19,6 +20,7 @@ __all__ = [
     "bn_relu",
     "bn_relu_backward_apply",
     "bn_relu_backward_sums",
+    "bn_relu_max_pool",
     "bn_statistics",
     "bottleneck_block",
     "bottleneck_roll",

@@ -117,20 +117,21 @@ def bn_relu_apply(
     return call(_bn_relu_apply, x, weight, bias, mean, invstd, relu)
 
 
-def _check(name: str, x: Tensor, bn: BatchNormArgs) -> None:
-    _checks.check_activation("bn_relu", name, x)
+def check_batch_norm(operator: str, name: str, x: Tensor, bn: BatchNormArgs) -> None:
+    """All arguments of one normalisation; name: what `operator` calls x, "x" or "residual"."""
+    _checks.check_activation(operator, name, x)
     prefix = "" if name == "x" else "residual_bn."
     vectors = bn.weight, bn.bias, bn.running_mean, bn.running_var
     for field, vector in zip(BatchNormArgs._fields, vectors, strict=False):
-        _checks.check_per_channel("bn_relu", prefix + field, vector, x)
+        _checks.check_per_channel(operator, prefix + field, vector, x)
     if not bn.training and (bn.running_mean is None or bn.running_var is None):
         raise ValueError(
-            f"bn_relu: {prefix}running_mean and {prefix}running_var must be given in evaluation,"
+            f"{operator}: {prefix}running_mean and {prefix}running_var must be given in evaluation,"
             " got None (pass training=True to use the statistics of the batch)"
         )
     if bn.training and x.size(0) * x.size(2) * x.size(3) <= 1:
         raise ValueError(
-            "bn_relu: expected more than 1 value per channel when training,"
+            f"{operator}: expected more than 1 value per channel when training,"
             f" got {name} of shape {tuple(x.shape)}"
         )
 
@@ -139,12 +140,12 @@ def _unpack(args: tuple[Any, ...]) -> tuple[Tensor, BatchNormArgs, Tensor | None
     """x, its normalisation, the residual and the residual's normalisation, checked."""
     x, bn = args[0], BatchNormArgs(*args[1:8])
     residual, has_residual_bn, residual_bn = args[8], args[9], _NO_BATCH_NORM
-    _check("x", x, bn)
+    check_batch_norm("bn_relu", "x", x, bn)
     if residual is not None:
         _checks.check_like("bn_relu", "residual", residual, "x", x)
         if has_residual_bn:
             residual_bn = BatchNormArgs(*args[10:17])
-            _check("residual", residual, residual_bn)
+            check_batch_norm("bn_relu", "residual", residual, residual_bn)
     if args[18] and (residual is None or has_residual_bn or not args[17]):
         raise ValueError(
             "bn_relu: save_mask must come with relu and a residual without residual_bn"

@@ -240,13 +240,17 @@ def _differentiable(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ..
     arguments = list(rest)
     training, residual, residual_training = rest[6], rest[8], rest[14]
     if training:
-        arguments[4:6] = _differentiable_statistics(x, rest[5])
+        arguments[4:6] = differentiable_statistics(x, rest[5])
     if residual is not None and residual_training:
-        arguments[12:14] = _differentiable_statistics(residual, rest[13])
+        arguments[12:14] = differentiable_statistics(residual, rest[13])
     return reference.bn_relu_backward(grad_out, x, *arguments)
 
 
-def _differentiable_statistics(x: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+def differentiable_statistics(x: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and inverse standard deviation of the batch as functions of x.
+
+    invstd: as the forward computed it, without a gradient.
+    """
     mean, var = reference.batch_moments(x)
     eps = invstd.pow(-2) - var.detach()  # what the forward added to the variance
     return mean, (var + eps).rsqrt()
