@@ -14,6 +14,7 @@ from plot import plot_folder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet_fused import TrainingMode, fuse
 from resnet_fused.commands import baselines, networks, verify
 from resnet_fused.commands.baselines import Inference, UnavailableError
 
@@ -31,8 +32,9 @@ EVAL: dict[str, Callable[[nn.Module, Tensor], Inference]] = {
 # verify's rule).
 SAME_NETWORK = 4.0
 SAME_FLOAT32_NETWORK = 1e-3
-TRAIN = ("eager", "compile", "fused")
-DEFAULT_PROVIDERS = "eager,eager_nchw,compile,onnxruntime,openvino,fused"
+TRAIN = ("eager", "compile", "fused", "fused_memory")
+OURS = ("fused", "fused_memory")  # the second differs in training: TrainingMode.MEMORY
+DEFAULT_PROVIDERS = "eager,eager_nchw,compile,onnxruntime,openvino,fused,fused_memory"
 
 
 def main() -> int:
@@ -61,7 +63,8 @@ def _inference(
     dtype: torch.dtype,
 ) -> None:
     builders = {**EVAL, "fused": lambda _, x: baselines.eager(pair.fused, x)}
-    wanted = ["eager", *(name for name in arguments.providers if name != "eager")]
+    skip = ("eager", "fused_memory")
+    wanted = ["eager", *(name for name in arguments.providers if name not in skip)]
     providers: dict[str, Inference] = {}
     for name in wanted:
         try:
@@ -97,7 +100,9 @@ def _training(
     for name in TRAIN:
         if name != "eager" and name not in arguments.providers:
             continue
-        model = copy.deepcopy(pair.fused if name == "fused" else pair.eager).train()
+        model = copy.deepcopy(pair.fused if name in OURS else pair.eager).train()
+        if name == "fused_memory":
+            model = fuse(model, inplace=True, training_mode=TrainingMode.MEMORY)
         try:
             forward = baselines.compiled_training(model) if name == "compile" else model
         except UnavailableError as reason:
@@ -147,8 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--dtype", type=choices(*verify.DTYPES), default="float32,bfloat16")
     result.add_argument("--batch", type=comma_list, default="1,8")
     result.add_argument(
-        "--providers", type=choices(*EVAL, "fused"), default=DEFAULT_PROVIDERS,
-        help=f"of {', '.join(EVAL)}, fused; default: {DEFAULT_PROVIDERS}",
+        "--providers", type=choices(*EVAL, *OURS), default=DEFAULT_PROVIDERS,
+        help=f"of {', '.join((*EVAL, *OURS))}; default: {DEFAULT_PROVIDERS}",
     )  # fmt: skip
     return result
 

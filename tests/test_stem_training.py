@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import resnet_fused as rf
 from resnet_fused._torchvision import import_torchvision
 from resnet_fused.models.stages import channels_last, run_stem_and_stages
-from resnet_fused.nn import FrozenBatchNorm2d, blocks
+from resnet_fused.nn import FrozenBatchNorm2d, normalization
 from resnet_fused.nn.inference_plan import Stem
 
 needs_kernel = pytest.mark.skipif(
@@ -62,13 +62,13 @@ def frozen(stem: Eager, *names: str) -> Eager:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Grows with each call of the operator."""
     made: list[Any] = []
-    operator = blocks.bn_relu_max_pool
+    operator = normalization.bn_relu_max_pool
 
     def count(*args: Any) -> Tensor:
         made.append(args[8:])
         return operator(*args)
 
-    monkeypatch.setattr(blocks, "bn_relu_max_pool", count)
+    monkeypatch.setattr(normalization, "bn_relu_max_pool", count)
     return made
 
 
