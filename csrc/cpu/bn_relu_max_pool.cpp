@@ -63,6 +63,8 @@ void dispatch_size(int64_t element, const Body& body) {
 // where they are; of NCHW a few planes are copied to and from pixels that lie like theirs.
 class Images {
  public:
+  PoolingAxis rows, columns;
+
   Images(const char* op, const Tensor& x, const Ints& kernel_size, const Ints& stride,
          const Ints& padding)
       : batch_(x.size(0)), channels_(x.size(1)), channels_last_(!is_nchw_contiguous(x)) {
@@ -72,7 +74,8 @@ class Images {
     columns = pooling_axis(x.size(3), kernel_size[1], stride[1], padding[1]);
     for (const PoolingAxis& axis : {rows, columns}) {
       STD_TORCH_CHECK(axis.kernel >= 1 && axis.stride >= 1 && axis.padding >= 0 &&
-                          2 * axis.padding <= axis.kernel && axis.size >= 1 && axis.out_size >= 1,
+                          2 * axis.padding <= axis.kernel && axis.size >= 1 &&
+                          axis.kernel <= axis.size + 2 * axis.padding,
                       op, ": padding must be at most half of kernel_size, and x must have room for",
                       " a window, got x of shape ", to_string(x.sizes()), " and kernel_size ",
                       to_string(kernel_size));
@@ -80,8 +83,6 @@ class Images {
     STD_TORCH_CHECK(rows.kernel * columns.kernel <= kClosed, op, ": kernel_size must have at most ",
                     kClosed, " places, got ", to_string(kernel_size));
   }
-
-  PoolingAxis rows, columns;
 
   Tensor allocate_pooled(int32_t dtype) const {
     const int64_t h = rows.out_size, w = columns.out_size, c = channels_;
@@ -251,7 +252,7 @@ void check_backward(const char* op, const Images& images, const Tensor& grad_out
   images.check_pooled(op, "grad_out", grad_out);
   images.check_pooled(op, "argmax", argmax);
   STD_TORCH_CHECK(grad_out.scalar_type() == x.scalar_type(), op,
-                  ": grad_out must have the dtype of x ");
+                  ": grad_out must have the dtype of x");
   STD_TORCH_CHECK(argmax.scalar_type() == ScalarType::Byte, op, ": argmax must be of uint8");
 }
 
