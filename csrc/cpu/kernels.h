@@ -56,6 +56,7 @@ struct Projection {
 
 struct GradientArgs {
   const void *grad_out, *out, *x, *residual;
+  // grad_residual receives the masked grad_out with kPlainResidual.
   void *grad_x, *grad_residual;
   Affine bn, residual_bn;
   Projection projection, residual_projection;
@@ -123,8 +124,8 @@ struct Kernels {
   void (*statistics[kDTypes])(Matrix, StatisticsArgs);
   void (*apply[kDTypes][kResiduals][2])(Matrix, ApplyArgs);  // [relu]
   void (*reduce[kDTypes][kMasks][kResiduals])(Matrix, ReduceArgs);
-  // [residual_bn] [training] [residual_training]; without training there is no projection.
-  void (*gradients[kDTypes][kMasks][2][2][2])(Matrix, GradientArgs);
+  // [training] [residual_training]; without training there is no projection.
+  void (*gradients[kDTypes][kMasks][kResiduals][2][2])(Matrix, GradientArgs);
   // [pixels]; null for dtypes without an inner loop.
   void (*convolution_tile[kDTypes][kTilePixels + 1])(ConvolutionTile);
   void (*max_pool_row[kDTypes])(MaxPoolRow);
