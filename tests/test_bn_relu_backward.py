@@ -8,7 +8,6 @@ from numerics import (
     DEGENERATE,
     LARGE,
     LAYOUTS,
-    SHAPES,
     Case,
     assert_fake_is_like_real,
     assert_format_follows,
@@ -152,13 +151,17 @@ def check(case: Case, variant: Variant, sizes: list[int]) -> None:
         assert_format_follows(results, draws[-1][0])
 
 
+# Which shapes its kernels stand is tested in test_bn_relu.py.
+SHAPES = ((3, 7, 1, 1), (2, 17, 9, 3), (4, 36, 6, 6))
+
+
 @pytest.mark.parametrize("variant", MAIN)
-@pytest.mark.parametrize("case", grid("bn_relu_backward_sums", SHAPES))
+@pytest.mark.parametrize("case", grid("bn_relu_backward_sums", SHAPES, interpreter=False))
 def test_matches_eager(case: Case, variant: str) -> None:
     check(case, VARIANTS[variant], [case.shape[0]])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MAIN)
 @pytest.mark.parametrize(
     "case", grid("bn_relu_backward_sums", [(5, 12, 3, 4)], [torch.float32, torch.bfloat16])
 )
@@ -167,9 +170,10 @@ def test_parts_of_a_batch_together(case: Case, variant: str) -> None:
     check(case, VARIANTS[variant], [2, 0, 3])
 
 
-@pytest.mark.parametrize("variant", MAIN)
+@pytest.mark.parametrize("variant", ["train_residual", "train_dual"])
 @pytest.mark.parametrize(
-    "case", grid("bn_relu_backward_sums", dtypes=[torch.float32], layouts=LAYOUTS)
+    "case",
+    grid("bn_relu_backward_sums", dtypes=[torch.float32], layouts=LAYOUTS, interpreter=False),
 )
 def test_layouts(case: Case, variant: str) -> None:
     check(case, VARIANTS[variant], [case.shape[0]])
@@ -221,7 +225,10 @@ def calls(case: Case, variant: Variant) -> Calls:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("case", grid("bn_relu_backward_sums"))
+@pytest.mark.parametrize(
+    "case",
+    grid("bn_relu_backward_sums", dtypes=[torch.float32, torch.bfloat16], interpreter=False),
+)
 def test_is_bn_relu_backward_in_two_steps(case: Case, variant: str) -> None:
     given = calls(case, VARIANTS[variant])
     with rf.backend(case.backend):
@@ -241,7 +248,11 @@ def test_is_bn_relu_backward_in_two_steps(case: Case, variant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", grid("bn_relu_backward_sums", DEGENERATE, [torch.float32], LAYOUTS)
+    "case",
+    grid(
+        *("bn_relu_backward_sums", DEGENERATE, [torch.float32]),
+        *(["channels_last", "mixed_reversed", "sliced"], False),
+    ),
 )
 def test_fake_is_like_real(case: Case) -> None:
     for name in ("train_residual", "train_dual"):
@@ -263,8 +274,8 @@ def test_fake_is_like_real(case: Case) -> None:
                 assert_fake_is_like_real(ours, theirs)
 
 
-@pytest.mark.parametrize("variant", MAIN)
-@pytest.mark.parametrize("backend", on_backends("bn_relu_backward_sums"))
+@pytest.mark.parametrize("variant", ["train_residual", "train_dual"])
+@pytest.mark.parametrize("backend", on_backends("bn_relu_backward_sums", interpreter=False))
 def test_opcheck(backend: str, variant: str) -> None:
     case = Case(backend, (2, 3, 4, 2), torch.float32, "mixed")
     given = calls(case, VARIANTS[variant])
