@@ -586,8 +586,8 @@ def _behind_relu(
 def _gradient_sums(grad: Tensor, *branches: _Branch | None) -> Tensor:
     """(1 + branches, C): the sum of grad, then that of grad * (x - mean) of every branch."""
     products = [grad * branch.centered() for branch in branches if branch is not None]
-    # One dimension after the other: the error grows with how many terms are added in a row.
-    return torch.stack([each.sum(3).sum(2).sum(0) for each in (grad, *products)])
+    # Image by image: the error grows with how many terms are added in a row.
+    return torch.stack([each.sum((2, 3)).sum(0) for each in (grad, *products)])
 
 
 def _bn_gradient(grad: Tensor, branch: _Branch, training: bool, averages: Tensor) -> Tensor:

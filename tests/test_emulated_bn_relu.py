@@ -7,6 +7,7 @@ the emulator is one more backend.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
 import statistics
@@ -114,6 +115,25 @@ def backward(
     return grads
 
 
+def two_steps(
+    ops: Any, given: Given, kind: Kind, outputs: tuple[Tensor, ...], training: bool = True
+) -> tuple[Tensor, ...]:
+    """What `backward` returns, by way of sums and averages."""
+    _, mean, invstd, residual_mean, residual_invstd, mask = outputs
+    weight, bias, residual_weight, residual_bias = given.vectors
+    plain, dual = kind == "plain", kind == "dual"
+    head = given.grad_out, given.x, None, mask if plain else None, weight, bias, mean, invstd
+    other = residual_weight, residual_bias, residual_mean, residual_invstd
+    tail = (given.residual, True, *other) if dual else (None, False, *(None,) * 4)
+    sums = ops.bn_relu_backward_sums(*head, *tail, True)
+    averages = sums / (given.x.size(0) * given.x.size(2) * given.x.size(3))
+    grad_x, grad_residual = ops.bn_relu_backward_apply(
+        *(*head, training, kind != "none", *tail, training and dual, True, averages)
+    )
+    of_residual = (sums[2] * residual_invstd, sums[0]) if dual else (sums.new_empty(0),) * 2
+    return grad_x, sums[1] * invstd, sums[0], grad_residual, *of_residual
+
+
 class Moved(NamedTuple):
     """Activations that one launch moves: tensors of the size of x, read and written, and masks."""
 
@@ -143,6 +163,14 @@ MOVED: dict[tuple[Kind, bool], list[Moved]] = {
 }
 
 
+# bn_statistics, bn_relu_backward_sums and bn_relu_backward_apply.
+MOVED_IN_STEPS: dict[Kind, list[Moved]] = {
+    "none": [Moved("statistics", 1, 0), Moved("reduction", 2, 0), Moved("gradients", 2, 1)],
+    "plain": [Moved("statistics", 1, 0), Moved("reduction", 2, 0, 1), Moved("gradients", 2, 2, 1)],
+    "dual": [Moved("statistics", 1, 0), Moved("reduction", 3, 0), Moved("gradients", 3, 2)],
+}
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["channels_last", "nchw", "misaligned"])
@@ -159,34 +187,53 @@ def test_every_activation_moves_as_often_as_promised(
     given = Given.draw(shape, dtype, layout)
     outputs = forward(emulated, given, kind, training)
     backward(emulated, given, kind, outputs, training)
-    records = launches()
-    assert len(records) == len(MOVED[kind, training])
+    assert_moved(launches(), MOVED[kind, training], given.x, layout, outputs[5])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["channels_last", "nchw", "misaligned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_step_moves_as_much_as_promised(
+    emulated: Any, dtype: torch.dtype, layout: str, kind: Kind
+) -> None:
+    given = Given.draw((2, 64, 28, 28), dtype, layout)
+    outputs = forward(emulated, given, kind)
+    launches()
+    emulated.bn_statistics(given.x)
+    two_steps(emulated, given, kind, outputs)
+    assert_moved(launches(), MOVED_IN_STEPS[kind], given.x, layout, outputs[5])
+
+
+def assert_moved(
+    records: list[dict[str, Any]], moves: list[Moved], x: Tensor, layout: str, mask: Tensor
+) -> None:
+    shape, dtype = x.shape, x.dtype
     run = shape[1] if layout != "nchw" else shape[2] * shape[3]
     wide = layout != "misaligned" and run * dtype.itemsize % 16 == 0
     access = 16 if wide else dtype.itemsize
-    for launch, moved in zip(records, MOVED[kind, training], strict=True):
+    for launch, moved in zip(records, moves, strict=True):
         assert launch["kernel"].startswith((f"{moved.kernel}_kernel", f"({moved.kernel}_kernel"))
         # Everything that is not per channel, by the width of its accesses ...
         accesses = launch["accesses"]
-        tensors = (moved.reads + moved.writes) * given.x.nbytes
+        tensors = (moved.reads + moved.writes) * x.nbytes
         per_channel = {4} | ({access} if access == 4 else set())
         if access != 4:
             assert accesses[str(access)] == tensors // access, moved
         else:  # each thread also reads what is per channel of one channel
             threads = math.prod(launch["grid"]) * math.prod(launch["block"])
-            assert 0 <= accesses["4"] - tensors // 4 <= 12 * threads, moved
+            assert 0 <= accesses["4"] - tensors // 4 <= 14 * threads, moved
         assert {int(width) for width in accesses} <= {access, *per_channel, 1}
         # ... and all that is written: statistics, parameters' gradients and what blocks leave to
         # the last of them are little beside it.
-        mask_bytes = outputs[5].numel() if moved.masks else 0
+        mask_bytes = mask.numel() if moved.masks else 0
         if wide and moved.masks:
             per_byte = 8 // (16 // dtype.itemsize)
             touched = mask_bytes * (1 if moved.kernel == "apply" else per_byte)
             assert accesses["1"] == touched
-        written = moved.writes * given.x.nbytes
+        written = moved.writes * x.nbytes
         written += mask_bytes if moved.kernel == "apply" else 0
         extra = launch["bytes_written"] - written
-        assert 0 <= extra <= 0.03 * given.x.nbytes + 100 * shape[1]
+        assert 0 <= extra <= 0.03 * x.nbytes + 100 * shape[1]
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "nchw", "misaligned"])
@@ -263,6 +310,17 @@ def eager(given: Given, kind: Kind) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["channels_last", "nchw", "misaligned"])
+def test_two_steps_are_the_backward_bit_by_bit(emulated: Any, layout: str, kind: Kind) -> None:
+    for shape, dtype in zip(RAGGED[1:5], itertools.cycle(DTYPES), strict=False):
+        given = Given.draw(shape, dtype, layout)
+        outputs = forward(emulated, given, kind)
+        expected = backward(emulated, given, kind, outputs)
+        actual = two_steps(emulated, given, kind, outputs)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True)), shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["channels_last", "nchw"])
 def test_results_do_not_depend_on_the_order_of_blocks_warps_and_lanes(
     emulated: Any, layout: str, kind: Kind
@@ -283,6 +341,8 @@ def test_no_channels(emulated: Any, kind: Kind, training: bool) -> None:
     given = Given.draw((2, 0, 3, 3), torch.float32, "nchw")
     outputs = forward(emulated, given, kind, training)
     results = *outputs, *backward(emulated, given, kind, outputs, training)
+    results += two_steps(emulated, given, kind, outputs, training)
+    results += emulated.bn_statistics(given.x)
     assert outputs[0].shape == given.x.shape
     assert all(tensor.numel() == 0 for tensor in results)
 
@@ -437,6 +497,19 @@ BAD: dict[str, tuple[Callable[[Any], object], str]] = {
         ),
         r"bn_relu_backward: mask must be the contiguous uint8 tensor of shape \(6, 3\) that the",
     ),
+    "sums: output in place of a mask": (
+        lambda ops: ops.bn_relu_backward_sums(
+            *(X, X, X, None, C, C, C, C, None, False, *(None,) * 4, True)
+        ),
+        "bn_relu_backward_sums: mask must be given with relu and a plain residual, got None",
+    ),
+    "averages": (
+        lambda ops: ops.bn_relu_backward_apply(
+            *(X, X, None, None, C, C, C, C, True, False, None, False, *(None,) * 4, False, True),
+            torch.ones(3, 3),
+        ),
+        r"bn_relu_backward_apply: averages must be a contiguous float32 tensor of shape \(2, 3\)",
+    ),
     "grad_out": (
         lambda ops: ops.bn_relu_backward(
             *(X[:1], X, None, None, C, C, C, C, True, False, None, False, *(None,) * 4, False, True)
@@ -520,6 +593,15 @@ MUTANTS = {
         "      if (kSaveMask && walk.valid(u)) {\n        store_mask",
         "apply_kernel.*divergent warp collective",
     ),
+    "no mask for the gradient of x": Mutant(
+        "cuda/bn_relu_backward.cu", "passes = bits[u] >> j & 1;", "passes = true;", None
+    ),
+    "the averages of x for the residual": Mutant(
+        "cuda/bn_relu_backward.cu",
+        "average_dy_xc + extent.channels, first",
+        "average_dy_xc, first",
+        None,
+    ),
     "sums of all blocks but one": Mutant(
         "cuda/bn_relu_backward.cu", "split < gridDim.y;", "split < gridDim.y - 1;", None
     ),
@@ -548,8 +630,10 @@ def run(ops: Any, source: str, expected: Any) -> bool:
         if source == "cuda/bn_relu.cu":
             right, results = outputs, forward(ops, given, kind)
         else:
-            right = backward(expected, given, kind, outputs)
-            results = backward(ops, given, kind, outputs)
+            right, results = (
+                (*backward(each, given, kind, outputs), *two_steps(each, given, kind, outputs))
+                for each in (expected, ops)
+            )
         if not all(torch.equal(a, b) for a, b in zip(results, right, strict=True)):
             return False
     return True

@@ -29,6 +29,7 @@ from resnet_fused.triton_kernels import activations, device, reductions
 from resnet_fused.triton_kernels import add_relu as add_relu_module
 from resnet_fused.triton_kernels import bn_relu as forward_module
 from resnet_fused.triton_kernels import bn_relu_backward as backward_module
+from resnet_fused.triton_kernels import bn_statistics as statistics_module
 
 pytestmark = pytest.mark.interpreter
 
@@ -38,13 +39,15 @@ FORWARD = forward_module.Configuration(TINY, TINY._replace(min_tiles=1))
 BACKWARD = backward_module.Configuration(TINY, TINY._replace(min_tiles=1))
 bn_relu = interpreted_backend.on_uninitialised_memory(forward_module.bn_relu)
 bn_relu_backward = interpreted_backend.on_uninitialised_memory(forward_module.bn_relu_backward)
+backward_sums = interpreted_backend.on_uninitialised_memory(backward_module.bn_relu_backward_sums)
+backward_apply = interpreted_backend.on_uninitialised_memory(backward_module.bn_relu_backward_apply)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("channels_last", "nchw")
 KINDS = ("none", "plain", "dual")
 EPS = 1e-5
 # Around the borders of vectors, tiles and bytes of the mask; the last ones in many tiles.
-SHAPES = ((3, 5, 3, 3), (2, 12, 4, 5), (1, 33, 7, 3), (3, 20, 17, 11), (7, 3, 23, 16))
+SHAPES = ((3, 5, 3, 3), (2, 12, 4, 5), (1, 33, 7, 3), (3, 20, 17, 11), (6, 3, 23, 16))
 CASES = [(shape, dtype) for shape in SHAPES for dtype in DTYPES[: 3 if shape[2] == 4 else 1]]
 
 
@@ -256,6 +259,28 @@ def test_backward_in_many_tiles(
     assert grads["x"].stride() == given.x.stride()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", FORMATS)
+def test_two_steps_are_the_backward_bit_by_bit(layout: str, kind: str) -> None:
+    given = Given.draw((3, 20, 9, 7), torch.float32, layout)
+    outputs = forward(reference.bn_relu, given, kind)
+    sign = "mask" if kind == "plain" else "recomputed"
+
+    def in_two_steps(*args: Any, **named: Any) -> tuple[Tensor, ...]:
+        sums = backward_sums(*args[:8], *args[10:16], args[17], **named)
+        grad_x, grad_residual = backward_apply(*args, sums / (3 * 9 * 7), **named)
+        of_residual = sums.new_empty(0), sums.new_empty(0)
+        if kind == "dual":
+            of_residual = sums[2] * args[15], sums[0]
+        return grad_x, sums[1] * args[7], sums[0], grad_residual, *of_residual
+
+    with launches() as kernels:
+        actual = backward(in_two_steps, given, kind, outputs, sign=sign, configuration=BACKWARD)
+    assert kernels == ["_reduction_kernel", "_finalize_kernel", "_gradients_kernel"]
+    expected = backward(bn_relu_backward, given, kind, outputs, sign=sign, configuration=BACKWARD)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_what_rounds_to_zero_has_no_gradient(dtype: torch.dtype) -> None:
     """The sign is that of the output in its own dtype, also where it is recomputed."""
@@ -342,6 +367,7 @@ def test_no_channels(kind: str, training: bool) -> None:
     with launches() as kernels:
         outputs = forward(bn_relu, given, kind, training)
         grads = backward(bn_relu_backward, given, kind, outputs, training, training)
+        outputs |= {"m2": statistics_module.bn_statistics(given.x)[1]}
     assert kernels == []
     assert outputs["out"].shape == given.x.shape
     assert all(tensor.numel() == 0 for tensor in (*outputs.values(), *grads.values()))

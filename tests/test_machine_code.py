@@ -61,8 +61,9 @@ EXPECTED: dict[tuple[str, tuple[str, ...]], Accesses] = {
     ("reduction_kernel", ("1", "b1")): Accesses(4, 4),
     ("reduction_kernel", ("2", "b0")): Accesses(3, 0),
     ("reduction_kernel", ("2", "b1")): Accesses(3, 2, resident_blocks=1),
-    ("gradients_kernel", ("b0",)): Accesses(4, 2),
-    ("gradients_kernel", ("b1",)): Accesses(6, 4, resident_blocks=1),
+    ("gradients_kernel", ("0",)): Accesses(4, 2),
+    ("gradients_kernel", ("1",)): Accesses(4, 4),
+    ("gradients_kernel", ("2",)): Accesses(6, 4, resident_blocks=1),
 }
 LAYOUTS = {"elementwise_kernel": 1}  # else channels_last and NCHW
 DTYPES = 3

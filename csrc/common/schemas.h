@@ -31,6 +31,16 @@ inline constexpr const char* kKernelSchemas[] = {
     "bn_relu_max_pool_backward_apply(Tensor grad_out, Tensor x, Tensor argmax, Tensor? weight, "
     "Tensor mean, Tensor invstd, bool training, Tensor averages, int[] kernel_size, "
     "int[] stride, int[] padding) -> Tensor",
+    "bn_relu_backward_sums(Tensor grad_out, Tensor x, Tensor? out, Tensor? mask, Tensor? weight, "
+    "Tensor? bias, Tensor mean, Tensor invstd, Tensor? residual, bool residual_bn, "
+    "Tensor? residual_weight, Tensor? residual_bias, Tensor? residual_mean, "
+    "Tensor? residual_invstd, bool relu) -> Tensor",
+    "bn_relu_backward_apply(Tensor grad_out, Tensor x, Tensor? out, Tensor? mask, "
+    "Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, bool training, bool has_residual, "
+    "Tensor? residual, bool residual_bn, Tensor? residual_weight, Tensor? residual_bias, "
+    "Tensor? residual_mean, Tensor? residual_invstd, bool residual_training, bool relu, "
+    "Tensor averages) -> (Tensor grad_x, Tensor grad_residual)",
+    "bn_statistics(Tensor x) -> (Tensor mean, Tensor m2)",
     // Of convolutions: geometry is stride, padding, dilation (2 each) and groups; tf32 is for
     // float32; tile, splits: a configuration, or -1 and 0 to have it chosen.
     "conv_bn_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, "

@@ -23,15 +23,17 @@ inline std::string name_of(const BatchNorm& bn, const char* argument) {
   return std::string(bn.prefix) + argument;
 }
 
-template <class A>
-Tensor to_tensor(const std::vector<A>& values) {
+template <class A, class Value>
+Tensor to_tensor(const std::vector<Value>& values) {
   Tensor t = empty_vector(static_cast<int64_t>(values.size()), arithmetic_dtype_code<A>());
-  std::copy(values.begin(), values.end(), static_cast<A*>(t.mutable_data_ptr()));
+  A* p = static_cast<A*>(t.mutable_data_ptr());
+  for (const Value value : values) *p++ = static_cast<A>(value);
   return t;
 }
 
+// Mean and sum of squared differences from it, of every channel.
 struct Moments {
-  std::vector<double> mean, var;
+  std::vector<double> mean, m2;
 };
 
 inline const void* offset(const void* p, int64_t elements, int64_t size) {
@@ -54,8 +56,12 @@ std::vector<A> first_values(const char* op, const Geometry& g, const Tensor& x) 
   return values;
 }
 
+// 0 where x is empty.
 template <class A>
 Moments batch_moments(const char* op, const Geometry& g, const Tensor& x, DType dtype) {
+  if (g.values_per_channel() == 0) {
+    return {std::vector<double>(g.channels), std::vector<double>(g.channels)};
+  }
   const std::vector<A> first = first_values<A>(op, g, x);
   const std::vector<A> shift = expand<A>(g, [&](int64_t c) { return first[c]; });
   const int64_t size = static_cast<int64_t>(x.element_size());
@@ -70,7 +76,7 @@ Moments batch_moments(const char* op, const Geometry& g, const Tensor& x, DType 
   const double n = static_cast<double>(g.values_per_channel());
   for (int64_t c = 0; c < g.channels; ++c) {
     const double delta = moments.mean[c] / n;
-    moments.var[c] = std::max(moments.var[c] / n - delta * delta, 0.0);
+    moments.m2[c] = std::max(moments.m2[c] - n * delta * delta, 0.0);
     moments.mean[c] = first[c] + delta;
   }
   return moments;
@@ -98,11 +104,11 @@ Normalised<A> normalise(const char* op, const Geometry& g, const Tensor& x, DTyp
                     ": Expected more than 1 value per channel when training, got input size ",
                     to_string(x.sizes()));
     const Moments moments = batch_moments<A>(op, g, x, dtype);
+    const double count = static_cast<double>(n);
     for (int64_t c = 0; c < g.channels; ++c) {
       mean[c] = static_cast<A>(moments.mean[c]);
-      invstd[c] = static_cast<A>(1 / std::sqrt(moments.var[c] + bn.eps));
+      invstd[c] = static_cast<A>(1 / std::sqrt(moments.m2[c] / count + bn.eps));
     }
-    const double unbiased = static_cast<double>(n) / static_cast<double>(n - 1);
     if (bn.running_mean) {
       update_channels(op, mean_name.c_str(), *bn.running_mean, [&](int64_t c, double old) {
         return bn.momentum * moments.mean[c] + (1 - bn.momentum) * old;
@@ -110,7 +116,7 @@ Normalised<A> normalise(const char* op, const Geometry& g, const Tensor& x, DTyp
     }
     if (bn.running_var) {
       update_channels(op, var_name.c_str(), *bn.running_var, [&](int64_t c, double old) {
-        return bn.momentum * unbiased * moments.var[c] + (1 - bn.momentum) * old;
+        return bn.momentum * moments.m2[c] / (count - 1) + (1 - bn.momentum) * old;
       });
     }
   } else {

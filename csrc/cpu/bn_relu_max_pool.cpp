@@ -213,7 +213,7 @@ template <class A>
 ForwardResult forward(const char* op, const Images& images, const Tensor& x, DType dtype,
                       const BatchNorm& bn) {
   Normalised<A> normalised = normalise<A>(op, Geometry(x), x, dtype, bn);
-  Tensor mean = to_tensor(normalised.mean), invstd = to_tensor(normalised.invstd);
+  Tensor mean = to_tensor<A>(normalised.mean), invstd = to_tensor<A>(normalised.invstd);
   const Columns<A> columns = columns_of(std::move(normalised));
   Tensor out = images.allocate_pooled(dtype_code(x));
   Tensor argmax = images.allocate_pooled(aoti_torch_dtype_uint8());

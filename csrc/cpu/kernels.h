@@ -56,6 +56,7 @@ struct Projection {
 
 struct GradientArgs {
   const void *grad_out, *out, *x, *residual;
+  // grad_residual receives the masked grad_out with kPlainResidual.
   void *grad_x, *grad_residual;
   Affine bn, residual_bn;
   Projection projection, residual_projection;
@@ -160,8 +161,8 @@ struct Kernels {
   void (*statistics[kDTypes])(Matrix, StatisticsArgs);
   void (*apply[kDTypes][kResiduals][2])(Matrix, ApplyArgs);  // [relu]
   void (*reduce[kDTypes][kMasks][kResiduals])(Matrix, ReduceArgs);
-  // [residual_bn] [training] [residual_training]; without training there is no projection.
-  void (*gradients[kDTypes][kMasks][2][2][2])(Matrix, GradientArgs);
+  // [training] [residual_training]; without training there is no projection.
+  void (*gradients[kDTypes][kMasks][kResiduals][2][2])(Matrix, GradientArgs);
   // Of rows [begin, end), of the pooled image but for the gradients. Sums take at most
   // kMaxSumColumns channels.
   void (*max_pool[kDTypes])(Pooling, MaxPoolArgs, int64_t begin, int64_t end);

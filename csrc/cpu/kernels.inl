@@ -276,8 +276,9 @@ RESNET_FUSED_INLINE LoadedProjection<T, kTraining> load_projection(const Affine&
   return loaded;
 }
 
-template <class T, Mask kMask, bool kResidualBn, bool kTraining, bool kResidualTraining>
+template <class T, Mask kMask, Residual kResidual, bool kTraining, bool kResidualTraining>
 void gradients_kernel(Matrix m, GradientArgs args) {
+  constexpr bool kResidualBn = kResidual == kBatchNormResidual;
   const T* grad_out = static_cast<const T*>(args.grad_out);
   const T* out = static_cast<const T*>(args.out);
   const T* x = static_cast<const T*>(args.x);
@@ -300,6 +301,7 @@ void gradients_kernel(Matrix m, GradientArgs args) {
       if constexpr (kResidualBn && kResidualTraining) residual_i = load(residual + i, n);
       const Vec<T> dy = masked<T, kMask>(grad_out, out, i, x_i, bn, n);
       store(grad_x + i, projection(dy, x_i), n);
+      if constexpr (kResidual == kPlainResidual) store(grad_residual + i, dy, n);
       if constexpr (kResidualBn) store(grad_residual + i, residual_projection(dy, residual_i), n);
     }
   };
@@ -345,13 +347,17 @@ constexpr void add_for_residual(Kernels& k, DType dtype) {
 
 template <class T, Mask kMask>
 constexpr void add_for_mask(Kernels& k, DType dtype) {
-  auto& gradients = k.gradients[dtype][kMask];
-  gradients[false][false][false] = gradients_kernel<T, kMask, false, false, false>;
-  gradients[false][true][false] = gradients_kernel<T, kMask, false, true, false>;
-  gradients[true][false][false] = gradients_kernel<T, kMask, true, false, false>;
-  gradients[true][false][true] = gradients_kernel<T, kMask, true, false, true>;
-  gradients[true][true][false] = gradients_kernel<T, kMask, true, true, false>;
-  gradients[true][true][true] = gradients_kernel<T, kMask, true, true, true>;
+  auto& none = k.gradients[dtype][kMask][kNoResidual];
+  none[false][false] = gradients_kernel<T, kMask, kNoResidual, false, false>;
+  none[true][false] = gradients_kernel<T, kMask, kNoResidual, true, false>;
+  auto& plain = k.gradients[dtype][kMask][kPlainResidual];
+  plain[false][false] = gradients_kernel<T, kMask, kPlainResidual, false, false>;
+  plain[true][false] = gradients_kernel<T, kMask, kPlainResidual, true, false>;
+  auto& dual = k.gradients[dtype][kMask][kBatchNormResidual];
+  dual[false][false] = gradients_kernel<T, kMask, kBatchNormResidual, false, false>;
+  dual[false][true] = gradients_kernel<T, kMask, kBatchNormResidual, false, true>;
+  dual[true][false] = gradients_kernel<T, kMask, kBatchNormResidual, true, false>;
+  dual[true][true] = gradients_kernel<T, kMask, kBatchNormResidual, true, true>;
 }
 
 template <class T>

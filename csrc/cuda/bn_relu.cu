@@ -22,11 +22,11 @@ namespace {
 constexpr Spread kStatisticsSpread = {
     .max_lanes = 16, .unroll = 4, .resident_blocks = 2, .waves = 1, .min_tiles = 2};
 
-// One batch norm in training: its input, results, and room for the blocks of a column to meet.
+// One batch norm in training: its input, results, and room for the blocks of a column to meet. Of
+// invstd and M2, what is null is not wanted.
 struct StatisticsBranch {
   const void* x;
-  float* mean;
-  float* invstd;
+  float *mean, *invstd, *m2;
   ChannelVector running_mean, running_var;
   float momentum, eps;
   float *counts, *means, *m2s;  // of the blocks: (columns, splits), (splits, C), (splits, C)
@@ -41,7 +41,8 @@ struct StatisticsBranch {
       means[k] = moments.mean(k);
       unbiased[k] = moments.m2(k) / (count - 1);
       store(mean + first + k, means[k]);
-      store(invstd + first + k, 1 / sqrtf(moments.m2(k) / count + eps));
+      if (invstd != nullptr) store(invstd + first + k, 1 / sqrtf(moments.m2(k) / count + eps));
+      if (m2 != nullptr) store(m2 + first + k, moments.m2(k));
     }
     update(running_mean, first, means);
     update(running_var, first, unbiased);
@@ -382,6 +383,22 @@ ForwardResult bn_relu_cuda(const Tensor& x, const OptionalTensor& weight,
   return {out, own.mean, own.invstd, other.mean, other.invstd, mask};
 }
 
+std::tuple<Tensor, Tensor> bn_statistics_cuda(const Tensor& x) {
+  const char* op = "bn_statistics";
+  check_activation(op, "x", x);
+  const DeviceGuard guard(x.get_device_index());
+  const int32_t float32 = aoti_torch_dtype_float32();
+  const Tensor mean = allocate_vector(x, x.size(1), float32);
+  const Tensor m2 = allocate_vector(x, x.size(1), float32);
+  StatisticsBranch branch{};
+  branch.x = x.const_data_ptr();
+  branch.mean = static_cast<float*>(mean.mutable_data_ptr());
+  branch.m2 = static_cast<float*>(m2.mutable_data_ptr());
+  const Activation activation(x, address(branch.x));
+  launch_statistics(op, x, activation, &branch, 1, current_stream(x));
+  return {mean, m2};
+}
+
 Tensor bn_relu_apply_cuda(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                           const Tensor& mean, const Tensor& invstd, bool relu) {
   const char* op = "bn_relu_apply";
@@ -421,4 +438,5 @@ Tensor scale_shift_relu(const char* op, const Tensor& x, const Tensor& scale, co
 STABLE_TORCH_LIBRARY_IMPL(RESNET_FUSED_NAMESPACE, RESNET_FUSED_DISPATCH_KEY, m) {
   m.impl("bn_relu", TORCH_BOX(&resnet_fused::bn_relu_cuda));
   m.impl("bn_relu_apply", TORCH_BOX(&resnet_fused::bn_relu_apply_cuda));
+  m.impl("bn_statistics", TORCH_BOX(&resnet_fused::bn_statistics_cuda));
 }

@@ -14,7 +14,7 @@ import torch
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PARTNERS = re.compile(r"(_backward|_apply|_)$")  # operators that live in the file of another
+_PARTNERS = re.compile(r"(_backward|_sums|_apply|_)$")  # operators in the file of another
 
 
 def launcher(operator: str) -> Callable[..., Any]:

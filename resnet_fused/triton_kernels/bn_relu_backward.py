@@ -4,11 +4,12 @@ With dy the gradient of the output where the ReLU passed and xc = x - mean:
   grad_bias = sum(dy), grad_weight = sum(dy * xc) * invstd, grad_residual = dy,
   grad_x = (dy - sum(dy) / n - xc * sum(dy * xc) * invstd^2 / n) * weight * invstd,
 without the two middle terms where the running statistics were used. The sums need a pass of their
-own only in training.
+own only in training. With statistics over several processes each pass is an operator: the sums of
+all of them, divided by the n of all of them, are the averages of the second.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -51,10 +52,11 @@ def configurations(
 
 @triton.jit
 def _affine(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, inside):
-    """Mean, scale and bias of one batch norm."""
+    """Mean, invstd, scale and bias of one batch norm."""
     invstd = activations.load_vector(invstd_ptr, channels, inside, 0.0)
     return (
         activations.load_vector(mean_ptr, channels, inside, 0.0),
+        invstd,
         invstd * activations.load_vector(weight_ptr, channels, inside, 1.0),
         activations.load_vector(bias_ptr, channels, inside, 0.0),
     )
@@ -143,16 +145,17 @@ def _reduction_kernel(
     """Sums of dy, dy * xc and, with a batch norm of the residual, dy * rc: (sums, splits, C).
 
     Reads grad_out and x (and the residual, if it has a batch norm), one element size each per
-    element, and 1 bit of mask. Writes grad_residual of a plain residual: the second pass reads that
-    instead of grad_out and mask. With grad_x it writes all gradients, and there is no second pass.
+    element, and 1 bit of mask. Writes grad_residual of a plain residual, if the second pass is to
+    read that instead of grad_out and mask. With grad_x it writes all gradients, and there is no
+    second pass.
     """
     run = run_units * UNIT
     own = activations.own_channels(CHANNELS_LAST, BLOCK_COLUMNS)
     inside = own < channels
-    mean, scale, bias = _affine(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, own, inside)
+    mean, _, scale, bias = _affine(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, own, inside)
     residual_mean, residual_scale = mean, scale
     if residual_ptr is not None:
-        residual_mean, residual_scale, residual_bias = _affine(
+        residual_mean, _, residual_scale, residual_bias = _affine(
             *(residual_mean_ptr, residual_invstd_ptr, residual_weight_ptr, residual_bias_ptr),
             *(own, inside),
         )
@@ -212,61 +215,60 @@ def _finalize_branch(
     invstd_ptr,
     grad_weight_ptr,
     grad_bias_ptr,
-    mean_dy_ptr,
-    slope_ptr,
-    values_per_channel,
     own,
     inside,
 ):
-    """Gradients of weight and bias; in training sum(dy) / n and sum(dy * xc) * invstd^2 / n."""
-    invstd = activations.load_vector(invstd_ptr, own, inside, 0.0)
-    of_weight = sum_dy_xc * invstd
-    tl.store(grad_weight_ptr + own, of_weight.to(grad_weight_ptr.dtype.element_ty), mask=inside)
-    tl.store(grad_bias_ptr + own, sum_dy.to(grad_bias_ptr.dtype.element_ty), mask=inside)
-    if mean_dy_ptr is not None:
-        tl.store(mean_dy_ptr + own, sum_dy / values_per_channel, mask=inside)
-        tl.store(slope_ptr + own, of_weight * invstd / values_per_channel, mask=inside)
+    """Gradients of weight and bias."""
+    if grad_weight_ptr is not None:
+        grad_weight = sum_dy_xc * activations.load_vector(invstd_ptr, own, inside, 0.0)
+        grad_weight = grad_weight.to(grad_weight_ptr.dtype.element_ty)
+        tl.store(grad_weight_ptr + own, grad_weight, mask=inside)
+        tl.store(grad_bias_ptr + own, sum_dy.to(grad_bias_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_quotient(quotients_ptr, total, divisor, own, inside):
+    if quotients_ptr is not None:
+        tl.store(quotients_ptr + own, tl.div_rn(total, divisor), mask=inside)
 
 
 @triton.jit(do_not_specialize=["splits", "channels"])
 def _finalize_kernel(
     sums_ptr,
+    dy_ptr,
+    dy_xc_ptr,
+    dy_rc_ptr,
+    divisor,
     invstd_ptr,
     grad_weight_ptr,
     grad_bias_ptr,
-    mean_dy_ptr,
-    slope_ptr,
     residual_invstd_ptr,
     residual_grad_weight_ptr,
     residual_grad_bias_ptr,
-    residual_mean_dy_ptr,
-    residual_slope_ptr,
-    values_per_channel,
     splits,
     channels,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """What follows from the sums, for both batch norms."""
+    """What follows from the sums, for both batch norms; the sums over `divisor` where wanted."""
     own = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     inside = own < channels
     step = splits.to(tl.int64) * channels
     sum_dy = reductions.summed(sums_ptr, 0, splits, channels, own, BLOCK_ROWS, BLOCK_CHANNELS)
+    _store_quotient(dy_ptr, sum_dy, divisor, own, inside)
     sums_ptr += step
     sum_dy_xc = reductions.summed(sums_ptr, 0, splits, channels, own, BLOCK_ROWS, BLOCK_CHANNELS)
-    _finalize_branch(
-        *(sum_dy, sum_dy_xc, invstd_ptr, grad_weight_ptr, grad_bias_ptr, mean_dy_ptr, slope_ptr),
-        *(values_per_channel, own, inside),
-    )
+    _store_quotient(dy_xc_ptr, sum_dy_xc, divisor, own, inside)
+    _finalize_branch(sum_dy, sum_dy_xc, invstd_ptr, grad_weight_ptr, grad_bias_ptr, own, inside)
     if residual_invstd_ptr is not None:
         sums_ptr += step
         sum_dy_rc = reductions.summed(
             sums_ptr, 0, splits, channels, own, BLOCK_ROWS, BLOCK_CHANNELS
         )
+        _store_quotient(dy_rc_ptr, sum_dy_rc, divisor, own, inside)
         _finalize_branch(
             *(sum_dy, sum_dy_rc, residual_invstd_ptr, residual_grad_weight_ptr),
-            *(residual_grad_bias_ptr, residual_mean_dy_ptr, residual_slope_ptr),
-            *(values_per_channel, own, inside),
+            *(residual_grad_bias_ptr, own, inside),
         )
 
 
@@ -292,10 +294,10 @@ def _gradients_kernel(
     residual_invstd_ptr,
     residual_weight_ptr,
     residual_bias_ptr,
-    mean_dy_ptr,
-    slope_ptr,
-    residual_mean_dy_ptr,
-    residual_slope_ptr,
+    dy_ptr,
+    dy_xc_ptr,
+    residual_dy_ptr,
+    residual_dy_rc_ptr,
     n_tiles,
     rows,
     run_units,
@@ -306,26 +308,28 @@ def _gradients_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     SIGN: tl.constexpr,
 ):
-    """grad_x and, with a batch norm of the residual, grad_residual.
+    """grad_x and, where it is wanted, grad_residual.
 
-    Reads grad_out and x and writes grad_x, one element size each per element; with a batch norm of
-    the residual it reads that too and writes its gradient.
+    dy, dy_xc: (C,), averages; None where no batch statistics were used. Reads grad_out and x and
+    writes grad_x, one element size each per element; with a batch norm of the residual it reads
+    that too and writes its gradient; of a plain residual it writes that, from 1 bit of mask.
     """
     run = run_units * UNIT
     own = activations.own_channels(CHANNELS_LAST, BLOCK_COLUMNS)
     inside = own < channels
-    mean, scale, bias = _affine(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, own, inside)
-    residual_mean, residual_scale = mean, scale
+    mean, invstd, scale, bias = _affine(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, own, inside)
+    residual_mean, residual_invstd, residual_scale = mean, invstd, scale
     if residual_ptr is not None:
-        residual_mean, residual_scale, residual_bias = _affine(
+        residual_mean, residual_invstd, residual_scale, residual_bias = _affine(
             *(residual_mean_ptr, residual_invstd_ptr, residual_weight_ptr, residual_bias_ptr),
             *(own, inside),
         )
         bias += residual_bias
-    mean_dy = activations.load_vector(mean_dy_ptr, own, inside, 0.0)
-    slope = activations.load_vector(slope_ptr, own, inside, 0.0)
-    residual_mean_dy = activations.load_vector(residual_mean_dy_ptr, own, inside, 0.0)
-    residual_slope = activations.load_vector(residual_slope_ptr, own, inside, 0.0)
+    mean_dy = activations.load_vector(dy_ptr, own, inside, 0.0)
+    slope = activations.load_vector(dy_xc_ptr, own, inside, 0.0) * invstd * invstd
+    residual_mean_dy = activations.load_vector(residual_dy_ptr, own, inside, 0.0)
+    residual_slope = activations.load_vector(residual_dy_rc_ptr, own, inside, 0.0)
+    residual_slope = residual_slope * residual_invstd * residual_invstd
     # Backwards: what the reduction has read last is still in the second-level cache.
     for step in range(tl.program_id(1), n_tiles, tl.num_programs(1)):
         at, exists, dy, xc, rc = _load_tile(
@@ -335,8 +339,10 @@ def _gradients_kernel(
         )
         grad_x = _gradient(dy, xc, scale, mean_dy, slope)
         tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=exists)
-        if residual_ptr is not None:
-            grad_residual = _gradient(dy, rc, residual_scale, residual_mean_dy, residual_slope)
+        if grad_residual_ptr is not None:
+            grad_residual = dy
+            if residual_ptr is not None:
+                grad_residual = _gradient(dy, rc, residual_scale, residual_mean_dy, residual_slope)
             grad_residual = grad_residual.to(grad_residual_ptr.dtype.element_ty)
             tl.store(grad_residual_ptr + at, grad_residual, mask=exists)
 
@@ -363,104 +369,219 @@ def bn_relu_backward(
     configuration: Configuration | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`reference.bn_relu_backward` in three launches, two where no batch norm is in training."""
-    grad_x = torch.empty_like(x)
-    grad_residual = torch.empty_like(x) if has_residual else x.new_empty(0)
-    own, other = _branch(x, mean, invstd, weight, bias, training), _NO_BRANCH
+    given = _given(grad_out, x, out, mask, residual if residual_bn else None, relu)
+    own, other = _branch(mean, invstd, weight, bias, training), None
     if residual_bn:
         vectors = residual_mean, residual_invstd, residual_weight, residual_bias
-        other = _branch(x, *vectors, residual_training)
+        other = _branch(*vectors, residual_training)
+    grad_x = torch.empty_like(x)
+    grad_residual = torch.empty_like(x) if has_residual else x.new_empty(0)
+    grad_weight, grad_bias = _parameter_gradients(x, weight)
+    residual_grads = grad_weight.new_empty(0), grad_weight.new_empty(0)
+    if residual_bn:
+        residual_grads = _parameter_gradients(x, residual_weight)
     if x.size(1) > 0:
-        sign, source = _sign(relu, mask, out)
-        tensors = grad_out, x, residual if residual_bn else None, source, grad_x, grad_residual
-        spreads = configuration or configurations(residual_bn, x.dtype, device.architecture(x))[0]
-        _launch(tensors, own, other, has_residual, sign, spreads)
-    _, grad_weight, grad_bias, *_ = own.finals
-    _, residual_grad_weight, residual_grad_bias, *_ = other.finals
-    return (
-        *(grad_x, grad_weight, grad_bias, grad_residual),
-        grad_weight.new_empty(0) if residual_grad_weight is None else residual_grad_weight,
-        grad_weight.new_empty(0) if residual_grad_bias is None else residual_grad_bias,
-    )
+        spreads = configuration or _static_choice(given)
+        two_passes = training or (residual_bn and residual_training)
+        plain = has_residual and not residual_bn
+        writes_residual = has_residual and (plain or not two_passes)
+        written = None if two_passes else grad_x, grad_residual if writes_residual else None
+        averages = _allocate_sums(given) if two_passes else None
+        gradients = (grad_weight, grad_bias), residual_grads if residual_bn else (None, None)
+        count = x.numel() // x.size(1)
+        _launch_reduction(given, own, other, written, gradients, averages, count, spreads.reduction)
+        if averages is not None:
+            if plain:  # the first pass has applied the sign to it
+                given = given._replace(grad_out=grad_residual, sign="none", source=None)
+            written = grad_x, grad_residual if residual_bn else None
+            _launch_gradients(given, own, other, written, averages, spreads.gradients)
+    return grad_x, grad_weight, grad_bias, grad_residual, *residual_grads
+
+
+def bn_relu_backward_sums(
+    grad_out: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    residual: Tensor | None,
+    residual_bn: bool,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_mean: Tensor | None,
+    residual_invstd: Tensor | None,
+    relu: bool,
+    configuration: Configuration | None = None,
+) -> Tensor:
+    """`reference.bn_relu_backward_sums` in two launches."""
+    given = _given(grad_out, x, out, mask, residual if residual_bn else None, relu)
+    own, other = _branch(mean, invstd, weight, bias, training=False), None
+    if residual_bn:
+        vectors = residual_mean, residual_invstd, residual_weight, residual_bias
+        other = _branch(*vectors, training=False)
+    sums = _allocate_sums(given)
+    if x.size(1) > 0:
+        spread = (configuration or _static_choice(given)).reduction
+        nothing = None, None
+        _launch_reduction(given, own, other, nothing, (nothing, nothing), sums, 1, spread)
+    return sums
+
+
+def bn_relu_backward_apply(
+    grad_out: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    has_residual: bool,
+    residual: Tensor | None,
+    residual_bn: bool,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_mean: Tensor | None,
+    residual_invstd: Tensor | None,
+    residual_training: bool,
+    relu: bool,
+    averages: Tensor,
+    configuration: Configuration | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.bn_relu_backward_apply` in one launch."""
+    given = _given(grad_out, x, out, mask, residual if residual_bn else None, relu)
+    own, other = _branch(mean, invstd, weight, bias, training), None
+    if residual_bn:
+        vectors = residual_mean, residual_invstd, residual_weight, residual_bias
+        other = _branch(*vectors, residual_training)
+    grad_x = torch.empty_like(x)
+    grad_residual = torch.empty_like(x) if has_residual else x.new_empty(0)
+    if x.size(1) > 0:
+        spread = (configuration or _static_choice(given)).gradients
+        written = grad_x, grad_residual if has_residual else None
+        _launch_gradients(given, own, other, written, averages, spread)
+    return grad_x, grad_residual
+
+
+class _Given(NamedTuple):
+    """What both passes read. residual: the one that is normalised; source: what has the sign."""
+
+    grad_out: Tensor
+    x: Tensor
+    residual: Tensor | None
+    sign: Sign
+    source: Tensor | None
+
+    def plan(self, spread: Spread, *written: Tensor | None) -> activations.Plan:
+        # The bits of a mask lie in bytes, whatever the activations are aligned to.
+        out = self.source if self.sign == "out" else None
+        return activations.plan(spread, self.x, self.grad_out, self.residual, out, *written)
+
+
+def _given(
+    grad_out: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> _Given:
+    if not relu:
+        return _Given(grad_out, x, residual, "none", None)
+    if mask is not None:
+        return _Given(grad_out, x, residual, "mask", mask)
+    return _Given(grad_out, x, residual, "recomputed" if out is None else "out", out)
+
+
+def _static_choice(given: _Given) -> Configuration:
+    dual, x = given.residual is not None, given.x
+    return configurations(dual, x.dtype, device.architecture(x))[0]
 
 
 class _Branch(NamedTuple):
-    """One batch norm.
+    """One batch norm: mean, invstd, weight and bias; whether it used batch statistics."""
 
-    affine: its mean, invstd, weight and bias. finals: what `_finalize_kernel` takes of it: invstd,
-    the gradients of weight and bias, and in training sum(dy) / n and sum(dy * xc) * invstd^2 / n.
-    """
-
-    affine: tuple[Any, ...] = (None,) * 4
-    finals: tuple[Any, ...] = (None,) * 5
-
-
-_NO_BRANCH = _Branch()
+    affine: tuple[Tensor | None, ...]
+    training: bool
 
 
 def _branch(
-    x: Tensor,
     mean: Tensor | None,
     invstd: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
 ) -> _Branch:
-    affine = tuple(map(activations.dense_vector, (mean, invstd, weight, bias)))
+    return _Branch(tuple(map(activations.dense_vector, (mean, invstd, weight, bias))), training)
+
+
+def _parameter_gradients(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     dtype = torch.float32 if weight is None else weight.dtype
-    gradients = (x.new_empty(x.size(1), dtype=dtype) for _ in range(2))
-    coefficients: tuple[Tensor | None, ...] = None, None
-    if training:
-        coefficients = x.new_empty((2, x.size(1)), dtype=torch.float32).unbind()
-    return _Branch(affine, (affine[1], *gradients, *coefficients))
+    return x.new_empty(x.size(1), dtype=dtype), x.new_empty(x.size(1), dtype=dtype)
 
 
-def _sign(relu: bool, mask: Tensor | None, out: Tensor | None) -> tuple[Sign, Tensor | None]:
-    """Where the sign of the ReLU comes from, and the tensor that has it."""
-    if not relu:
-        return "none", None
-    if mask is not None:
-        return "mask", mask
-    return ("recomputed", None) if out is None else ("out", out)
+def _allocate_sums(given: _Given) -> Tensor:
+    rows = 2 if given.residual is None else 3
+    return given.x.new_empty((rows, given.x.size(1)), dtype=torch.float32)
 
 
-def _launch(
-    tensors: tuple[Any, ...],
+_NO_AFFINE = (None,) * 4
+
+
+def _launch_reduction(
+    given: _Given,
     own: _Branch,
-    other: _Branch,
-    has_residual: bool,
-    sign: Sign,
-    spreads: Configuration,
+    other: _Branch | None,
+    written: tuple[Tensor | None, Tensor | None],
+    gradients: tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]],
+    quotients: Tensor | None,
+    divisor: int,
+    spread: Spread,
 ) -> None:
-    """tensors: grad_out, x, residual if it has a batch norm, source of the sign, gradients."""
-    grad_out, x, residual, source, grad_x, grad_residual = tensors
-    dual = residual is not None
-    plain = has_residual and not dual
-    two_passes = own.finals[-1] is not None or other.finals[-1] is not None
-    channels = x.size(1)
-    # The bits of a mask lie in bytes, whatever the activations are aligned to.
-    aligned = grad_out, residual, source if sign == "out" else None, grad_x, grad_residual
+    """written: grad_x, grad_residual; gradients: of both batch norms' weight and bias.
 
-    plan = activations.plan(spreads.reduction, x, *aligned)
-    sums = x.new_empty((3 if dual else 2, plan.splits, channels), dtype=torch.float32)
-    writes_residual = has_residual and (plain or not two_passes)
-    written = None if two_passes else grad_x, grad_residual if writes_residual else None
-    arguments = grad_out, x, residual, source, *written, *own.affine, *other.affine, sums
+    quotients: (sums, C), for the sums over `divisor`. All of them may be None.
+    """
+    grad_out, x, residual, sign, source = given
+    channels = x.size(1)
+    plan = given.plan(spread, *written)
+    sums = x.new_empty((2 if other is None else 3, plan.splits, channels), dtype=torch.float32)
+    other_affine = _NO_AFFINE if other is None else other.affine
+    arguments = grad_out, x, residual, source, *written, *own.affine, *other_affine, sums
     activations.launch(_reduction_kernel, plan, arguments, plan.terms | {"SIGN": sign})
+    rows = () if quotients is None else quotients.unbind()
     block_rows, block_channels = reductions.block(plan.splits)
     with device.guard(x):
         _finalize_kernel[(triton.cdiv(channels, block_channels),)](
-            *(sums, *own.finals, *other.finals, float(x.numel() // channels)),
+            *(sums, *rows, *(None,) * (3 - len(rows)), float(divisor)),
+            *(own.affine[1], *gradients[0], other_affine[1], *gradients[1]),
             *(plan.splits, channels, block_rows, block_channels),
             num_warps=reductions.WARPS,
             enable_fp_fusion=False,
         )
-    if not two_passes:
-        return
-    if plain:  # the first pass has applied the sign to it
-        grad_out, sign, source = grad_residual, "none", None
-    plan = activations.plan(spreads.gradients, x, *aligned)
+
+
+def _launch_gradients(
+    given: _Given,
+    own: _Branch,
+    other: _Branch | None,
+    written: tuple[Tensor | None, Tensor | None],
+    averages: Tensor,
+    spread: Spread,
+) -> None:
+    """written: grad_x, grad_residual, which may be None."""
+    grad_out, x, residual, sign, source = given
+    other_affine = _NO_AFFINE if other is None else other.affine
+    own_averages = averages[:2].unbind() if own.training else (None, None)
+    other_training = other is not None and other.training
+    other_averages = averages[::2].unbind() if other_training else (None, None)
     arguments = (
-        *(grad_out, x, residual, source, grad_x, grad_residual if dual else None),
-        *(*own.affine, *other.affine, *own.finals[-2:], *other.finals[-2:]),
+        *(grad_out, x, residual, source, *written, *own.affine, *other_affine),
+        *(*own_averages, *other_averages),
     )
+    plan = given.plan(spread, *written)
     activations.launch(_gradients_kernel, plan, arguments, {"SIGN": sign})
