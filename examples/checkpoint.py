@@ -1,41 +1,19 @@
 """Checkpoints that survive `kill -9`, a full disk and a wrong argument."""
 
-import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from reporting import UsageError
+from reporting import UsageError, rewritten
 from torch import distributed as dist
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write the file in full, then rename it: at any moment `path` is the old file or the new one.
-
-    Raises UsageError where the disk refuses; the old file stays.
-    """
-    temporary = path.with_name(path.name + ".tmp")  # in the same folder: renaming is atomic there
-    try:
-        with temporary.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Renaming changes the folder, which reaches the disk on its own."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Raises UsageError where the disk refuses; the file that was there before stays."""
+    with rewritten(path, "wb") as file:
+        torch.save(dict(state), file)
 
 
 def load(path: Path) -> dict[str, Any]:

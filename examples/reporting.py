@@ -1,11 +1,12 @@
 """What a training run tells: errors of one line, a progress bar, metrics.csv and TensorBoard."""
 
+import contextlib
 import csv
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 T = TypeVar("T")
 
@@ -56,6 +57,35 @@ def output_folder(path: Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def rewritten(path: Path, mode: str) -> Iterator[IO[Any]]:
+    """A file to write, which replaces `path` at once when it is complete, and on the disk.
+
+    At any moment, also at that of a `kill -9`, `path` is the old file or the new one.
+    """
+    temporary = path.with_name(path.name + ".tmp")  # in the same folder: renaming is atomic there
+    try:
+        with temporary.open(mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is a change of the folder, which goes to the disk on its own."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class Metrics:
     """One row per epoch, in metrics.csv and, where TensorBoard is installed, as its scalars."""
 
@@ -72,18 +102,12 @@ class Metrics:
 
     def write(self, history: Sequence[dict[str, Any]]) -> None:
         """The rows of all epochs so far, the last one of which is new."""
-        temporary = self.path.with_suffix(".csv.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, HISTORY_COLUMNS)
+        with rewritten(self.path, "w") as file:
+            table = csv.DictWriter(file, HISTORY_COLUMNS, lineterminator="\n")
             table.writeheader()
             table.writerows(history)
-        os.replace(temporary, self.path)  # noqa: PTH105
         if self.writer is not None:
             newest = history[-1]
             for name in HISTORY_COLUMNS[1:]:
                 self.writer.add_scalar(name, newest[name], newest["epoch"])
             self.writer.flush()
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()

@@ -52,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         if is_first:
-            found = f"{last} continues" if last and last.exists() else "before the first checkpoint"
-            print(f"\ntrain.py: interrupted; {found}", file=sys.stderr)
+            saved = last is not None and last.exists()
+            hint = f"the same command continues from {last}" if saved else "no epoch is complete"
+            print(f"\ntrain.py: interrupted; {hint}", file=sys.stderr)
         return 130
     if is_first:
         print(json.dumps(result))
@@ -78,6 +79,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
                     checkpoint.save(out / "best.pt", state)
                 metrics.write(training.history)
                 checkpoint.save(out / "last.pt", state)
+                print(training.summary(), flush=True)
         return training.result()
 
 
@@ -224,23 +226,17 @@ class Training:
         val_loss, top1 = self._validate()
         self.epoch += 1
         images = self.steps_per_epoch * self.arguments.accumulate * self.arguments.batch_size
-        row = {
-            "epoch": self.epoch,
-            "lr": rate,
-            "train_loss": train_loss,
-            "val_loss": val_loss,
-            "top1": top1,
-            "seconds": round(seconds, 3),
-            "images_per_second": round(images * self.process.world_size / seconds, 1),
-        }
-        self.history.append(row)
-        if self.process.is_first:
-            print(
-                f"epoch {self.epoch}/{self.arguments.epochs}: train loss {train_loss:.4f}, "
-                f"val loss {val_loss:.4f}, top-1 {top1:.2%}, {seconds:.1f} s, "
-                f"{row['images_per_second']:.0f} images/s",
-                flush=True,
-            )
+        self.history.append(
+            {
+                "epoch": self.epoch,
+                "lr": rate,
+                "train_loss": train_loss,
+                "val_loss": val_loss,
+                "top1": top1,
+                "seconds": round(seconds, 3),
+                "images_per_second": round(images * self.process.world_size / seconds, 1),
+            }
+        )
 
     def _train(self) -> float:
         """The mean loss of an epoch of optimizer steps."""
@@ -319,6 +315,14 @@ class Training:
 
     def _best_epoch(self) -> int:
         return max(self.history, key=lambda row: row["top1"])["epoch"]
+
+    def summary(self) -> str:
+        last = self.history[-1]
+        return (
+            f"epoch {self.epoch}/{self.arguments.epochs}: train loss {last['train_loss']:.4f}, "
+            f"val loss {last['val_loss']:.4f}, top-1 {last['top1']:.2%}, {last['seconds']:.1f} s, "
+            f"{last['images_per_second']:.0f} images/s"
+        )
 
     def result(self) -> dict[str, Any]:
         last, best = self.history[-1], self.history[self._best_epoch() - 1]
