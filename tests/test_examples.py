@@ -117,6 +117,40 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return folder, json.loads(out.getvalue().splitlines()[-1])
 
 
+class Python2Pickler(pickle._Pickler):  # the one in Python, which can be changed
+    """Writes text as Python 2 did, with which CIFAR-10's files were made."""
+
+    def save_text(self, text: str | bytes) -> None:
+        content = text.encode("latin1") if isinstance(text, str) else text
+        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
+        self.memoize(text)
+
+    dispatch: ClassVar = {**pickle._Pickler.dispatch, str: save_text, bytes: save_text}
+
+
+def python2_pickle(content: object) -> bytes:
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(content)
+    return file.getvalue().replace(b"numpy._core.", b"numpy.core.")
+
+
+@pytest.fixture(scope="module")
+def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as https://www.cs.toronto.edu/~kriz/cifar.html describes it, eight images a file."""
+    root = tmp_path_factory.mktemp("cifar10")
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number, name in enumerate([*data.CIFAR_TRAIN_FILES, *data.CIFAR_VAL_FILES]):
+        content = {
+            b"batch_label": b"a batch",
+            b"labels": [(number + i) % 10 for i in range(8)],
+            b"data": generator.integers(0, 256, (8, 3072), dtype=np.uint8),
+        }
+        (folder / name).write_bytes(python2_pickle(content))
+    return root
+
+
 # --- what a run leaves ---------------------------------------------------------------------------
 
 
@@ -196,54 +230,55 @@ def test_networks_of_torchvision(eager: bool) -> None:
 
 # --- interruptions -------------------------------------------------------------------------------
 
-# Kills its own process, as `kill -9` does, where it is about to take a step of the second epoch,
-# has written half of a checkpoint, or is about to give it its name.
+# Kills its own process, as `kill -9` does, where half of the second epoch's checkpoint is written,
+# or where all of it is and has yet to get its name.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
 import train
 
-def kill_at(owner, name, matches):
-    original = getattr(owner, name)
-    def checked(*args, **kwargs):
-        if matches(*args):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-    setattr(owner, name, checked)
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 
-def write_half(state, file):
-    if Path(file.name).name != "last.pt.tmp":
-        return False
-    file.write(b"PK" + bytes(1000))
-    file.flush()
-    return True
+def save(state, file, original=torch.save):
+    if Path(file.name).name == "last.pt.tmp" and state["epoch"] == 2:
+        file.write(b"PK" + bytes(1000))
+        file.flush()
+        kill()
+    original(state, file)
 
-steps = iter(range(1, 100))
-if sys.argv[1] == "step":
-    kill_at(torch.optim.SGD, "step", lambda *_: next(steps) == 6)
-elif sys.argv[1] == "write":
-    kill_at(torch, "save", write_half)
+def replace(old, new, original=Path.replace):
+    if old.name == "last.pt.tmp":
+        kill()
+    original(old, new)
+
+if sys.argv[1] == "write":
+    torch.save = save
 else:
-    kill_at(Path, "replace", lambda old, new: old.name == "last.pt.tmp")
+    Path.replace = replace
 sys.exit(train.main(sys.argv[2:]))
 """
 
 
 def test_killed_training_continues_bit_for_bit(
-    tmp_path: Path, trained: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    cifar10: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for moment in ("step", "write", "rename"):
-        process = start("-c", KILLED, moment, *DIGITS, "--out", tmp_path)
+    """Also the shifts and reflections of its images."""
+    options = ["--root", cifar10, "--image-size", 16, "--batch-size", 8, "--epochs", 3]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    result = call(train.main, capsys, *options, "--out", whole).result
+    for moment in ("write", "rename"):
+        process = start("-c", KILLED, moment, *options, "--out", killed)
         out, err = process.communicate(timeout=120)
         assert process.returncode == -signal.SIGKILL, (out, err)
-        assert checkpoint.load(tmp_path / "last.pt")["epoch"] == 1
-    assert (tmp_path / "last.pt.tmp").exists()
-    outcome = call(train.main, capsys, *DIGITS, "--out", tmp_path)
-    assert f"continuing after epoch 1 of {tmp_path / 'last.pt'}" in outcome.out
-    assert outcome.result["train_loss"] == trained[1]["train_loss"]
-    assert_same_training(tmp_path, trained[0])
-    assert not list(tmp_path.glob("*.tmp"))
+        assert checkpoint.load(killed / "last.pt")["epoch"] == 1
+        assert (killed / "last.pt.tmp").exists()
+    outcome = call(train.main, capsys, *options, "--out", killed)
+    assert f"continuing after epoch 1 of {killed / 'last.pt'}" in outcome.out
+    assert outcome.result["train_loss"] == result["train_loss"]
+    assert_same_training(killed, whole)
+    assert not list(killed.glob("*.tmp"))
 
 
 def test_termination(tmp_path: Path) -> None:
@@ -552,40 +587,6 @@ def test_synchronised_norms(
 
 
 # --- data ----------------------------------------------------------------------------------------
-
-
-class Python2Pickler(pickle._Pickler):  # the one in Python, which can be changed
-    """Writes text as Python 2 did, with which CIFAR-10's files were made."""
-
-    def save_text(self, text: str | bytes) -> None:
-        content = text.encode("latin1") if isinstance(text, str) else text
-        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
-        self.memoize(text)
-
-    dispatch: ClassVar = {**pickle._Pickler.dispatch, str: save_text, bytes: save_text}
-
-
-def python2_pickle(content: object) -> bytes:
-    file = io.BytesIO()
-    Python2Pickler(file, protocol=2).dump(content)
-    return file.getvalue().replace(b"numpy._core.", b"numpy.core.")
-
-
-@pytest.fixture(scope="module")
-def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as https://www.cs.toronto.edu/~kriz/cifar.html describes it, eight images a file."""
-    root = tmp_path_factory.mktemp("cifar10")
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for number, name in enumerate([*data.CIFAR_TRAIN_FILES, *data.CIFAR_VAL_FILES]):
-        content = {
-            b"batch_label": b"a batch",
-            b"labels": [(number + i) % 10 for i in range(8)],
-            b"data": generator.integers(0, 256, (8, 3072), dtype=np.uint8),
-        }
-        (folder / name).write_bytes(python2_pickle(content))
-    return root
 
 
 def test_cifar10(cifar10: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
