@@ -95,21 +95,10 @@ def load(root: Path | None, size: int | None = None, limit: int | None = None) -
     folders. limit: so many images of each split, always the same ones. Raises UsageError on a
     folder that is neither CIFAR-10's nor has train/ and val/, or is damaged.
     """
-    if root is None:
-        data = _digits(size or 16)
-    elif not root.is_dir():
-        raise UsageError(f"--root must be a folder, got {str(root)!r}")
-    elif (root / CIFAR_FOLDER).is_dir():
-        data = _cifar10(root / CIFAR_FOLDER, size or 32)
-    elif (root / CIFAR_VAL_FILES[0]).is_file():
-        data = _cifar10(root, size or 32)
-    elif (root / "train").is_dir() and (root / "val").is_dir():
-        data = _image_folders(root, size or 224)
-    else:
-        raise UsageError(
-            f"--root must hold {CIFAR_FOLDER}/, or train/ and val/ with a folder of images per "
-            f"class, got {str(root)!r}"
-        )
+    try:
+        data = _digits(size or 16) if root is None else _from_folder(root, size)
+    except PermissionError as error:
+        raise UsageError(f"cannot read {error.filename!r}: {error.strerror}") from error
     if limit is not None:
         data = replace(data, train=_some(data.train, limit), val=_some(data.val, limit))
     return data
@@ -163,6 +152,20 @@ def _some(split: Any, limit: int) -> Any:
     return Subset(split, chosen.tolist())
 
 
+def _from_folder(root: Path, size: int | None) -> Data:
+    if not root.is_dir():
+        raise UsageError(f"--root must be a folder, got {str(root)!r}")
+    for folder in (root / CIFAR_FOLDER, root):
+        if (folder / CIFAR_VAL_FILES[0]).is_file():
+            return _cifar10(folder, size or 32)
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        return _image_folders(root, size or 224)
+    raise UsageError(
+        f"--root must hold {CIFAR_FOLDER}/ with CIFAR-10, or train/ and val/ with a folder of "
+        f"images per class, got {str(root)!r}"
+    )
+
+
 def _digits(size: int) -> Data:
     """1797 scanned digits of 8x8 pixels, split once and for all."""
     try:
@@ -205,6 +208,8 @@ def _cifar_file(path: Path) -> tuple[Tensor, Tensor]:
             raise ValueError(f"{len(images)} images in {images.dtype}, {len(labels)} labels")
     except FileNotFoundError as error:
         raise UsageError(f"CIFAR-10 lacks the file {str(path)!r}") from error
+    except PermissionError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(f"{str(path)!r} is no batch of CIFAR-10: {reason}") from error
@@ -250,7 +255,7 @@ def _image_folders(root: Path, size: int) -> Data:
             ImageFolder(root / split, v2.Compose(steps), loader=_read_image)
             for split, steps in transforms.items()
         )
-    except OSError as error:
+    except FileNotFoundError as error:
         raise UsageError(f"--root {str(root)!r}: {str(error).splitlines()[0]}") from error
     if train.classes != val.classes:
         difference = sorted(set(train.classes) ^ set(val.classes))

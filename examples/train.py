@@ -64,9 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything from the data to the result, which is the same in every process."""
     dataset = data.load(arguments.root, arguments.image_size, arguments.limit)
-    out = output_folder(arguments.out)
     with processes(arguments.device) as process:
         training = Training(arguments, dataset, process)
+        if process.is_first:
+            out = output_folder(arguments.out)
         training.resume()
         if training.epoch < arguments.epochs and process.is_first:
             metrics = Metrics(out, training.epoch + 1)

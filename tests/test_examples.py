@@ -41,6 +41,7 @@ import train  # noqa: E402
 
 # Four steps an epoch, on tiny images.
 SMALL = ["--image-size", "8", "--limit", "33", "--batch-size", "8", "--warmup", "0"]
+SMALL += ["--device", "cpu"]
 DIGITS = [*SMALL, "--epochs", "3"]
 
 
@@ -266,6 +267,7 @@ def test_killed_training_continues_bit_for_bit(
 ) -> None:
     """Also the shifts and reflections of its images."""
     options = ["--root", cifar10, "--image-size", 16, "--batch-size", 8, "--epochs", 3]
+    options += ["--device", "cpu"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     result = call(train.main, capsys, *options, "--out", whole).result
     for moment in ("write", "rename"):
@@ -470,6 +472,17 @@ def test_loss_that_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "--lr" in line
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_on_a_gpu(amp: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*SMALL, "--device", "cuda", "--amp", amp, "--out", tmp_path]
+    first = call(train.main, capsys, *options, "--epochs", 1).result
+    assert math.isfinite(first["train_loss"])
+    outcome = call(train.main, capsys, *options, "--epochs", 2)
+    assert "continuing after epoch 1" in outcome.out
+    assert outcome.result["epoch"] == 2
+
+
 # --- what a run tells ----------------------------------------------------------------------------
 
 
@@ -542,7 +555,10 @@ def test_progress_is_shown_on_terminals_alone(monkeypatch: pytest.MonkeyPatch) -
         (["--device", "tpu"], "--device 'tpu' cannot be used"),
         (["--device", "cuda:77"], "--device 'cuda:77' cannot be used"),
         (["--root", "nowhere"], "--root must be a folder, got 'nowhere'"),
-        (["--root", str(EXAMPLES)], "--root must hold cifar-10-batches-py/, or train/ and val/"),
+        (
+            ["--root", str(EXAMPLES)],
+            "--root must hold cifar-10-batches-py/ with CIFAR-10, or train/",
+        ),
         (["--nothing"], "unrecognized arguments: --nothing"),
     ],
 )
@@ -550,6 +566,23 @@ def test_bad_arguments(
     arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words in refusal(capsys, *arguments, "--out", tmp_path / "out")
+
+
+def test_bad_arguments_leave_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refusal(capsys, "--arch", "resnet21", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)  # permissions do not bind root
+    line = refusal(capsys, "--root", tmp_path, "--out", tmp_path / "out")
+    assert line.startswith(f"train.py: cannot read '{tmp_path}")
+    assert "Permission denied" in line
 
 
 def test_help_tells_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
