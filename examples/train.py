@@ -167,11 +167,9 @@ class Training:
     def _make_batches(self) -> None:
         arguments, process = self.arguments, self.process
         share = data.Share(process.rank, process.world_size)
-        loader = {
-            "num_workers": arguments.workers,
-            "persistent_workers": arguments.workers > 0,
-            "pin_memory": process.device.type == "cuda",
-        }
+        # Workers are new in each epoch and take their seeds from this process, whose random state a
+        # checkpoint holds. That of persistent workers would be lost.
+        loader = {"num_workers": arguments.workers, "pin_memory": process.device.type == "cuda"}
         self.train_batches = data.train_batches(
             self.dataset.train, arguments.batch_size, share, arguments.seed, **loader
         )

@@ -433,6 +433,16 @@ def test_accumulated_steps(tmp_path: Path) -> None:
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
 
 
+def test_best_epoch_is_the_first_of_the_highest_accuracy(tmp_path: Path) -> None:
+    run = training(*SMALL, folder=tmp_path)
+    found = []
+    for run.epoch, top1 in enumerate((0.1, 0.3, 0.3, 0.2), 1):
+        run.history.append({"epoch": run.epoch, "top1": top1})
+        found.append(run.is_best())
+    assert found == [True, True, False, False]
+    assert run.result()["best_epoch"] == 2
+
+
 def test_learning_rate_rises_and_falls() -> None:
     factor = train.warmup_and_cosine(4, 14)
     assert [factor(step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -737,7 +747,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_folders_of_images(
-    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folders: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dataset = data.load(folders, 16)
     assert dataset.classes == 2
@@ -745,10 +758,22 @@ def test_folders_of_images(
     assert images.shape == (8, 3, 16, 16)
     assert labels.tolist() == [0] * 4 + [1] * 4
     assert images[:4].mean() > 1 > -1 > images[4:].mean()
-    options = ["--image-size", 32, "--batch-size", 4, "--epochs", 2, "--workers", 1]
-    result = call(train.main, capsys, "--root", folders, *options, "--out", tmp_path).result
-    assert result["data"] == "folder"
-    assert math.isfinite(result["train_loss"])
+    options = ["--root", folders, "--image-size", 32, "--batch-size", 4, "--device", "cpu"]
+    options += ["--epochs", 3, "--workers", 1, "--out"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert call(train.main, capsys, *options, whole).result["data"] == "folder"
+    run_epoch = train.Training.run_epoch
+
+    def run_two_epochs(self: train.Training) -> None:
+        if self.epoch == 2:
+            raise KeyboardInterrupt
+        run_epoch(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "run_epoch", run_two_epochs)
+        assert call(train.main, capsys, *options, stopped).code == 130
+    assert "continuing after epoch 2" in call(train.main, capsys, *options, stopped).out
+    assert_same_training(stopped, whole)  # also the crops that the worker chose
 
 
 def test_bad_folders_of_images(
