@@ -379,13 +379,13 @@ def test_full_disk_leaves_the_old_checkpoint(
 ) -> None:
     before = (copied / "last.pt").read_bytes()
 
-    def full(_descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == "last.pt.tmp":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     line = refusal(capsys, *SMALL, "--epochs", 4, "--out", copied)
-    assert "cannot write" in line
-    assert "No space left on device" in line
+    assert f"cannot write {str(copied / 'last.pt')!r}: No space left on device" in line
     assert (copied / "last.pt").read_bytes() == before
     assert not list(copied.glob("*.tmp"))
 
@@ -441,6 +441,22 @@ def test_best_epoch_is_the_first_of_the_highest_accuracy(tmp_path: Path) -> None
         found.append(run.is_best())
     assert found == [True, True, False, False]
     assert run.result()["best_epoch"] == 2
+
+
+def test_each_epoch_has_an_order_of_its_own(tmp_path: Path) -> None:
+    run = training(*SMALL, "--epochs", 2, "--lr", 1e-30, folder=tmp_path)
+    seen: list[list[float]] = []
+
+    def record(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        if module.training:
+            seen[-1].append(float(inputs[0].sum()))
+
+    run.network.register_forward_pre_hook(record)
+    for _ in range(2):
+        seen.append([])
+        run.run_epoch()
+    assert len(seen[0]) == len(seen[1]) == 4
+    assert seen[0] != seen[1]
 
 
 def test_learning_rate_rises_and_falls() -> None:
