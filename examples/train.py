@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if is_first:
             saved = last is not None and last.exists()
-            hint = f"the same command continues from {last}" if saved else "no epoch is complete"
+            hint = f"the last complete epoch is in {last}" if saved else "no epoch is complete"
             print(f"\ntrain.py: interrupted; {hint}", file=sys.stderr)
         return 130
     if is_first:

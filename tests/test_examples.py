@@ -291,7 +291,7 @@ def test_termination(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    hint = f"the same command continues from {tmp_path / 'last.pt'}"
+    hint = f"the last complete epoch is in {tmp_path / 'last.pt'}"
     assert err.strip() == f"train.py: interrupted; {hint}"
     assert checkpoint.load(tmp_path / "last.pt")["epoch"] >= 2
 
