@@ -188,7 +188,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--epochs",
         type=train.positive,
-        default=5,
+        default=10,
         metavar="N",
         help="of training here; default %(default)s",
     )
