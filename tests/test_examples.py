@@ -272,7 +272,7 @@ def test_killed_training_continues_bit_for_bit(
     result = call(train.main, capsys, *options, "--out", whole).result
     for moment in ("write", "rename"):
         process = start("-c", KILLED, moment, *options, "--out", killed)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == -signal.SIGKILL, (out, err)
         assert checkpoint.load(killed / "last.pt")["epoch"] == 1
         assert (killed / "last.pt.tmp").exists()
@@ -289,7 +289,7 @@ def test_termination(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert any(line.startswith("epoch 2/") for line in process.stdout)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     hint = f"the last complete epoch is in {tmp_path / 'last.pt'}"
     assert err.strip() == f"train.py: interrupted; {hint}"
@@ -826,7 +826,7 @@ def test_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     options = [*SMALL, "--batch-size", "16", "--epochs", "1", "--out", str(tmp_path)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = start(*torchrun, EXAMPLES / "train.py", *options)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     outcome = Outcome(process.returncode, out, err)
     assert [line[:6] for line in out.splitlines() if line.startswith("epoch")] == ["epoch "]
     # One step: the loss of each process is that of the first weights on its own 16 images.
