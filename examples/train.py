@@ -184,9 +184,10 @@ class Training:
     def _make_network(self) -> None:
         arguments, process = self.arguments, self.process
         self.memory_format = getattr(torch, arguments.memory_format)
-        network = build_network(
-            arguments.arch, self.dataset.classes, arguments.eager, arguments.sync_bn
-        )
+        # On CPUs DistributedDataParallel refuses SyncBatchNorm, and fused blocks take it.
+        sync_later = arguments.sync_bn and process.device.type == "cpu"
+        sync_now = arguments.sync_bn and not sync_later
+        network = build_network(arguments.arch, self.dataset.classes, arguments.eager, sync_now)
         network.to(process.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         if arguments.compile:
             network.compile()
@@ -194,6 +195,8 @@ class Training:
         if process.world_size > 1:
             devices = [process.device] if process.device.type == "cuda" else None
             self.parallel = nn.parallel.DistributedDataParallel(network, devices)
+        if sync_later:
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
     def _make_optimizer(self) -> None:
         arguments, steps = self.arguments, self.steps_per_epoch
@@ -561,8 +564,8 @@ def check_device(arguments: argparse.Namespace) -> None:
             f"--nproc-per-node of torchrun must be at most {torch.cuda.device_count()}, the number "
             f"of GPUs, got {os.environ['LOCAL_WORLD_SIZE']}"
         )
-    if device.type == "cpu" and arguments.sync_bn and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UsageError("--sync-bn must be left out on CPUs: torch.nn.SyncBatchNorm needs GPUs")
+    if device.type == "cpu" and arguments.sync_bn and arguments.eager:
+        raise UsageError("--sync-bn must be left out with --eager on CPUs: eager's needs GPUs")
 
 
 def number(above: float = -math.inf, below: float = math.inf) -> Callable[[str], float]:

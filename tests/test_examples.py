@@ -634,15 +634,12 @@ def test_folder_that_cannot_be_written_to(
             assert f"cannot write to the folder {str(out)!r}" in line
 
 
-def test_synchronised_norms(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_synchronised_norms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = train.build_network("resnet20", 10, sync_bn=True)
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert {type(norm) for norm in norms} == {nn.SyncBatchNorm}
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    line = refusal(capsys, *DIGITS, "--sync-bn", "--device", "cpu", "--out", tmp_path)
-    assert "--sync-bn must be left out on CPUs" in line
+    line = refusal(capsys, *DIGITS, "--sync-bn", "--eager", "--device", "cpu", "--out", tmp_path)
+    assert "--sync-bn must be left out with --eager on CPUs" in line
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -821,9 +818,11 @@ def test_bad_folders_of_images(
 # --- several processes ---------------------------------------------------------------------------
 
 
-def test_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("sync_bn", [False, True])
+def test_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str], sync_bn: bool) -> None:
     """Losses are means over the images of both; one writes; the checkpoint holds what validated."""
     options = [*SMALL, "--batch-size", "16", "--epochs", "1", "--out", str(tmp_path)]
+    options += ["--sync-bn"] if sync_bn else []
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = start(*torchrun, EXAMPLES / "train.py", *options)
     out, err = process.communicate(timeout=300)
@@ -832,13 +831,14 @@ def test_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     # One step: the loss of each process is that of the first weights on its own 16 images.
     torch.manual_seed(0)
     network = train.build_network("resnet20", 10).train()
-    losses = []
+    split, batches = data.load(None, 8, 33).train, []
     for rank in range(2):
-        split = data.load(None, 8, 33).train
-        ((images, labels),) = data.train_batches(split, 16, data.Share(rank, 2), seed=0)
-        losses.append(float(F.cross_entropy(network(images), labels).detach()))
-    assert losses[0] != losses[1]
-    assert outcome.result["train_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+        batches += data.train_batches(split, 16, data.Share(rank, 2), seed=0)
+    if sync_bn:
+        batches = [[torch.cat(tensors) for tensors in zip(*batches, strict=True)]]
+    losses = [float(F.cross_entropy(network(x), labels).detach()) for x, labels in batches]
+    assert len(set(losses)) == 2 - sync_bn
+    assert outcome.result["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     state = checkpoint.load(tmp_path / "last.pt")
     assert len(state["random_states"]) == 2
     network.load_state_dict(state["model"])
