@@ -648,6 +648,20 @@ X = torch.ones(2, 3, 4, 5)
             ),
             "bn_relu_backward: residual, residual_mean and residual_invstd must be given",
         ),
+        (
+            lambda: ops.bn_relu_backward_sums(
+                *(X, X, None, torch.ones(6, 3, dtype=torch.uint8), None, None, torch.ones(3)),
+                *(torch.ones(3), None, False, None, None, None, None, True),
+            ),
+            "bn_relu_backward_sums: out must be given when there are a residual and a ReLU",
+        ),
+        (
+            lambda: ops.bn_relu_backward_apply(
+                *(X, X, None, None, None, None, torch.ones(3), torch.ones(3), True, False, None),
+                *(False, None, None, None, None, False, True, torch.ones(3, 3)),
+            ),
+            r"averages must be a contiguous float32 tensor of shape \(2, 3\) on the CPU, got shape",
+        ),
     ],
 )
 def test_bad_input_is_named(call: Any, message: str) -> None:
