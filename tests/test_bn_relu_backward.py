@@ -8,6 +8,7 @@ from numerics import (
     DEGENERATE,
     LARGE,
     LAYOUTS,
+    SHAPE,
     Case,
     assert_fake_is_like_real,
     assert_format_follows,
@@ -151,7 +152,7 @@ def check(case: Case, variant: Variant, sizes: list[int]) -> None:
         assert_format_follows(results, draws[-1][0])
 
 
-# Which shapes its kernels stand is tested in test_bn_relu.py.
+# Other shapes of the same kernels are in test_bn_relu.py.
 SHAPES = ((3, 7, 1, 1), (2, 17, 9, 3), (4, 36, 6, 6))
 
 
@@ -216,7 +217,7 @@ def calls(case: Case, variant: Variant) -> Calls:
                 *(x, bn, get("residual"), other if residual_bn else None),
                 save_mask=not on_cpu,
             )
-        out, mask = (out, None) if on_cpu else (None, mask)
+        out, mask = (LAYOUTS[case.layout][1](out), None) if on_cpu else (None, mask)
     head = case.other(11), x, out, mask, *affine, *stats[:2]
     tail = get("residual") if residual_bn else None, residual_bn, *residual_affine, *stats[2:]
     residual_training = residual_bn and variant.residual_training
@@ -227,7 +228,10 @@ def calls(case: Case, variant: Variant) -> Calls:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     "case",
-    grid("bn_relu_backward_sums", dtypes=[torch.float32, torch.bfloat16], interpreter=False),
+    grid(
+        *("bn_relu_backward_sums", [SHAPE], [torch.float32, torch.bfloat16]),
+        *(["channels_last", "mixed_reversed"], False),
+    ),
 )
 def test_is_bn_relu_backward_in_two_steps(case: Case, variant: str) -> None:
     given = calls(case, VARIANTS[variant])
@@ -251,7 +255,7 @@ def test_is_bn_relu_backward_in_two_steps(case: Case, variant: str) -> None:
     "case",
     grid(
         *("bn_relu_backward_sums", DEGENERATE, [torch.float32]),
-        *(["channels_last", "mixed_reversed", "sliced"], False),
+        *(["channels_last", "mixed_reversed", "transposed"], False),
     ),
 )
 def test_fake_is_like_real(case: Case) -> None:

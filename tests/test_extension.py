@@ -10,7 +10,10 @@ import torch
 
 from resnet_fused import _extension
 
-OPERATORS = ["add_relu", "add_relu_backward", "bn_relu", "bn_relu_apply", "bn_relu_backward"]
+OPERATORS = [
+    *("add_relu", "add_relu_backward", "bn_relu", "bn_relu_apply", "bn_relu_backward"),
+    *("bn_relu_backward_sums", "bn_relu_backward_apply", "bn_statistics"),
+]
 
 needs_extension = pytest.mark.skipif(
     not _extension.load(), reason=f"the extension is not available: {_extension.error()}"

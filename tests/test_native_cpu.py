@@ -748,6 +748,20 @@ def pool_apply(grad_out: Tensor, argmax: Tensor, invstd: Tensor, averages: Tenso
             lambda: pool_apply(G, A, C, torch.ones(3, 2)),
             "bn_relu_max_pool_backward_apply: averages must have two values per channel",
         ),
+        (
+            lambda: ops.bn_relu_backward_sums(
+                *(X, X, None, torch.ones(6, 3, dtype=torch.uint8), None, None, torch.ones(3)),
+                *(torch.ones(3), None, False, None, None, None, None, True),
+            ),
+            "bn_relu_backward_sums: out must be given when there are a residual and a ReLU",
+        ),
+        (
+            lambda: ops.bn_relu_backward_apply(
+                *(X, X, None, None, None, None, torch.ones(3), torch.ones(3), True, False, None),
+                *(False, None, None, None, None, False, True, torch.ones(3, 3)),
+            ),
+            r"averages must be a contiguous float32 tensor of shape \(2, 3\) on the CPU, got shape",
+        ),
     ],
 )
 def test_bad_input_is_named(call: Any, message: str) -> None:

@@ -103,18 +103,25 @@ def forward(
     return Operator(launch, configurations, traffic(passes))
 
 
-def backward(residual: Residual, training: bool, sign: str, **passes: tuple[int, int]) -> Operator:
+def backward(
+    residual: Residual, training: bool, sign: str, in_steps: bool = False, **passes: tuple[int, int]
+) -> Operator:
+    """in_steps: by way of sums and averages."""
     dual = residual == "bn"
 
     def launch(layer: Layer, dtype: torch.dtype) -> object:
         x = layer.untouched(dtype)
         mask = ahead_of_time.untouched(*mask_shape(x), dtype=torch.uint8)
-        arguments: tuple[Any, ...] = (
+        head: tuple[Any, ...] = (
             *(x, x, x if sign == "out" else None, mask if sign == "mask" else None),
-            *(*vectors(x, 4), training, residual != "none"),
-            *(x if dual else None, dual, *vectors(x, 4, dual), training and dual, True),
+            *vectors(x, 4),
         )
-        return bn_relu_backward.bn_relu_backward(*arguments)
+        other: tuple[Any, ...] = x if dual else None, dual, *vectors(x, 4, dual)
+        arguments = *head, training, residual != "none", *other, training and dual, True
+        if not in_steps:
+            return bn_relu_backward.bn_relu_backward(*arguments)
+        sums = bn_relu_backward.bn_relu_backward_sums(*head, *other, True)
+        return bn_relu_backward.bn_relu_backward_apply(*arguments, sums)
 
     configurations = functools.partial(bn_relu_backward.configurations, dual)
     return Operator(launch, configurations, traffic(passes))
@@ -135,6 +142,9 @@ OPERATORS: dict[str, Operator] = {
     "backward": backward("none", True, "recomputed", reduction=(2, 0), gradients=(2, 1)),
     "backward, residual, mask": backward("plain", True, "mask", reduction=(2, 1), gradients=(2, 1)),
     "backward, residual bn, mask": backward("bn", True, "mask", reduction=(3, 0), gradients=(3, 2)),
+    "backward in steps, residual, mask": backward(
+        "plain", True, "mask", in_steps=True, reduction=(2, 0), gradients=(2, 2)
+    ),
     "backward of inference, residual bn, output": backward("bn", False, "out", reduction=(4, 2)),
 }
 
