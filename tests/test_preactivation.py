@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import resnet_fused as rf
 from resnet_fused import models
+from resnet_fused.commands.networks import eager_twin
 from resnet_fused.models.cifar import ZeroPadShortcut
 from resnet_fused.nn import (
     FrozenBatchNorm2d,
@@ -155,6 +156,7 @@ NEEDS: dict[str, Callable[[str], bool]] = {
     "last_conv": lambda name: name == "conv2.weight",
     "first_norm": lambda name: name == "bn1.weight",
     "last_norm": lambda name: name == "bn2.bias",
+    "behind_first_norm": lambda name: not name.startswith("bn1"),
     "projection": lambda name: name == "downsample.weight",
 }
 
@@ -162,7 +164,11 @@ NEEDS: dict[str, Callable[[str], bool]] = {
 @needs_extension
 @pytest.mark.parametrize(
     ("name", "needs"),
-    [*(("basic_projection", n) for n in NEEDS), *(("basic_zero_pad", n) for n in (*NEEDS,)[:-1])],
+    [
+        *(("basic_projection", needs) for needs in NEEDS),
+        *(("basic_zero_pad", needs) for needs in NEEDS if needs != "projection"),
+        ("bottleneck_projection", "behind_first_norm"),  # conv1 is 1x1
+    ],
 )
 @each_implementation
 def test_what_needs_a_gradient(
@@ -245,6 +251,14 @@ def test_a_block_keeps_its_input_and_what_its_convolutions_but_the_last_gave(
     with context(backend):
         for block, expected in blocks.items():
             assert saved_bytes(block.train(), x) == expected
+
+
+@needs_extension
+def test_a_network_keeps_half_of_eagers_bytes() -> None:
+    model = models.preact_resnet20().to(memory_format=torch.channels_last).train()
+    x = images(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    ours, eagers = saved_bytes(model, x), saved_bytes(eager_twin(model), x)
+    assert ours <= 0.505 * eagers, f"{ours / eagers:.3f} of {eagers / 1e6:.1f} MB"
 
 
 @pytest.mark.parametrize("changed", ["conv2.weight", "bn1.weight", "x"])
