@@ -22,7 +22,7 @@ import resnet_fused as rf
 from resnet_fused import models
 from resnet_fused._torchvision import import_torchvision
 from resnet_fused.models.cifar import ZeroPadShortcut
-from resnet_fused.nn import BasicBlock, Bottleneck, ConvBnReLU2d, blocks
+from resnet_fused.nn import BasicBlock, Bottleneck, ConvBnReLU2d, PreActBottleneck, blocks
 
 TOTAL = 12  # images in all processes together
 STEPS = 3
@@ -81,6 +81,9 @@ BLOCKS: dict[str, Callable[[Norm], nn.Module]] = {
         8, 4, 2, projection(nn.BatchNorm2d, 8, 16, 2), norm_layer=norm
     ),
     "stem": PooledStem,
+    "preact_bottleneck_projection": lambda norm: PreActBottleneck(
+        8, 4, 2, nn.Conv2d(8, 16, 1, 2, bias=False), norm_layer=norm
+    ),
     "conv_bn_relu": lambda norm: ConvBnReLU2d(8, 12, 3, norm_layer=norm),
     "conv_bn": lambda norm: ConvBnReLU2d(8, 12, 3, norm_layer=norm, relu=False),
 }
@@ -322,6 +325,9 @@ BLOCK_CASES: dict[str, BlockCase] = {
     "memory": BlockCase("bottleneck_projection", options=(("mode", "memory"),)),
     "operators": BlockCase("bottleneck_projection", options=(("backend", "reference"),)),
     "operators-empty": BlockCase("bottleneck", "empty", options=(("backend", "reference"),)),
+    "operators-preact": BlockCase(
+        "preact_bottleneck_projection", options=(("backend", "reference"),)
+    ),
     "operators-memory": BlockCase(
         "bottleneck_projection", options=(("backend", "reference"), ("mode", "memory"))
     ),

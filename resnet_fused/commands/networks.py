@@ -14,7 +14,10 @@ from resnet_fused.commands.console import CommandError
 from resnet_fused.conversion import fuse
 
 NAMES = tuple(name for name in models.__all__ if name.islower())
-CIFAR_NAMES = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+CIFAR_NAMES = (
+    *("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"),
+    *("preact_resnet20", "preact_resnet56", "preact_resnet110", "preact_resnet164"),
+)
 
 
 class Pair(NamedTuple):
@@ -69,7 +72,10 @@ def placed(
 
 
 def fused_blocks(model: nn.Module) -> int:
-    blocks = (fused_nn.BasicBlock, fused_nn.Bottleneck)
+    blocks = (
+        *(fused_nn.BasicBlock, fused_nn.Bottleneck),
+        *(fused_nn.PreActBasicBlock, fused_nn.PreActBottleneck),
+    )
     return sum(isinstance(module, blocks) for module in model.modules())
 
 
@@ -111,6 +117,25 @@ class PlainBottleneck(fused_nn.Bottleneck):
         return self.relu(out)
 
 
+class PlainPreActBasicBlock(fused_nn.PreActBasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.relu(self.bn1(x))
+        identity = x if self.downsample is None else self.downsample(z)
+        out = self.conv2(self.relu(self.bn2(self.conv1(z))))
+        out += identity
+        return out
+
+
+class PlainPreActBottleneck(fused_nn.PreActBottleneck):
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.relu(self.bn1(x))
+        identity = x if self.downsample is None else self.downsample(z)
+        out = self.conv2(self.relu(self.bn2(self.conv1(z))))
+        out = self.conv3(self.relu(self.bn3(out)))
+        out += identity
+        return out
+
+
 class PlainResNet(models.ResNet):
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -125,9 +150,18 @@ class PlainCifarResNet(models.CifarResNet):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
+class PlainPreActCifarResNet(models.PreActCifarResNet):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+        return self.fc(torch.flatten(self.avgpool(self.relu(self.bn(x))), 1))
+
+
 _PLAIN = {
     fused_nn.BasicBlock: PlainBasicBlock,
     fused_nn.Bottleneck: PlainBottleneck,
     models.ResNet: PlainResNet,
     models.CifarResNet: PlainCifarResNet,
+    fused_nn.PreActBasicBlock: PlainPreActBasicBlock,
+    fused_nn.PreActBottleneck: PlainPreActBottleneck,
+    models.PreActCifarResNet: PlainPreActCifarResNet,
 }

@@ -107,7 +107,7 @@ def _text(finding: Finding, following: Finding | None) -> tuple[str, bool]:
 
 
 def _layers(finding: Finding) -> chains.Layers | None:
-    if finding.roles is None:
+    if finding.roles is None or finding.roles.is_preactivation:
         return None
     return chains.as_layers(*parts_of(finding.module, finding.roles))
 

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from resnet_fused.conversion.roles import Roles
 from resnet_fused.models import ResNet
 from resnet_fused.models.stages import planned_forwards, run_blocks, stage_forwards
-from resnet_fused.nn import BasicBlock, Bottleneck, TrainingMode, chains, inference_plan
+from resnet_fused.nn import (
+    BasicBlock,
+    Bottleneck,
+    PreActBasicBlock,
+    PreActBottleneck,
+    TrainingMode,
+    chains,
+    inference_plan,
+)
 from resnet_fused.nn.blocks import residual_forward
 from resnet_fused.nn.pairs import has_hooks
 
@@ -110,6 +118,16 @@ _OURS: dict[str, type[nn.Module]] = {
     "BasicBlock": BasicBlock,
     "Bottleneck": Bottleneck,
     "ResNet": ResNet,
+    "PreActBasicBlock": PreActBasicBlock,
+    "PreActBottleneck": PreActBottleneck,
+}
+_NOTHING = (type(None), nn.Identity)
+_CONVOLUTIONS = {
+    "BasicBlock": 2,
+    "Bottleneck": 3,
+    "ResNet": 1,
+    "PreActBasicBlock": 2,
+    "PreActBottleneck": 3,
 }
 
 
@@ -151,9 +169,10 @@ def native_roles(module: nn.Module) -> Roles | None:
     """The roles in one of this library's own modules with this library's forward; else None."""
     for pattern, ours in _OURS.items():
         if isinstance(module, ours) and type(module).forward is ours.forward:
-            numbers = range(1, {"ResNet": 1, "BasicBlock": 2, "Bottleneck": 3}[pattern] + 1)
+            numbers = range(1, _CONVOLUTIONS[pattern] + 1)
             convs, norms = tuple(f"conv{i}" for i in numbers), tuple(f"bn{i}" for i in numbers)
-            shortcut = getattr(module, "downsample", None) and "downsample"
+            downsample = getattr(module, "downsample", None)
+            shortcut = None if type(downsample) in _NOTHING else "downsample"
             return Roles(pattern, convs, norms, ("relu",), shortcut)
     return None
 

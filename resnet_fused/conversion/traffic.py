@@ -35,7 +35,8 @@ def inference_traffic(
 
     example_input: (N, C, H, W) as the model takes it; only its shape and dtype are used.
     Convolutions read their input and write their output once; batch norm and ReLU each read and
-    write, the add reads twice and writes. Fused, only the convolutions and the residual are left.
+    write, the add reads twice and writes. Fused, only the convolutions and the residual are left,
+    with pre-activation also the first batch norm and the add, in a pass each.
     In chains, `links` by path, nothing is left of what stands between layers that run at once.
     Weights are not counted. Raises ValueError if the model does not run on such an input.
     """
@@ -50,6 +51,8 @@ def inference_traffic(
 def _traffic(
     path: str, roles: Roles, link: Link | None, sizes: dict[str, _Sizes], item_size: int
 ) -> Traffic:
+    if roles.is_preactivation:
+        return _preactivation_traffic(path, roles, sizes, item_size)
     *inner, last = (sizes[_join(path, conv)] for conv in roles.convs)
     convs = sum(size.read + size.written for size in (*inner, last))
     batch_norm = relu = 2
@@ -70,6 +73,18 @@ def _traffic(
     if link is not None and link.is_rolled_into:
         chained -= inner[0].read
     return Traffic(before * item_size, after * item_size, chained * item_size)
+
+
+def _preactivation_traffic(
+    path: str, roles: Roles, sizes: dict[str, _Sizes], item_size: int
+) -> Traffic:
+    """Fused, the first batch norm is one pass with its ReLU, and the add a pass of its own."""
+    layers = [sizes[layer] for layer in _layers(path, roles)]
+    main = layers[: len(roles.convs)]
+    convs_and_add = sum(size.read + size.written for size in layers) + 3 * main[-1].written
+    before = convs_and_add + sum(4 * size.read for size in main)
+    after = convs_and_add + 2 * main[0].read
+    return Traffic(before * item_size, after * item_size, after * item_size)
 
 
 def _layers(path: str, roles: Roles) -> list[str]:

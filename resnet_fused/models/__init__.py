@@ -9,6 +9,13 @@ from resnet_fused.models.cifar import (
     resnet56,
     resnet110,
 )
+from resnet_fused.models.preactivation import (
+    PreActCifarResNet,
+    preact_resnet20,
+    preact_resnet56,
+    preact_resnet110,
+    preact_resnet164,
+)
 from resnet_fused.models.resnet import (
     ResNet,
     resnet18,
@@ -23,8 +30,13 @@ from resnet_fused.models.resnet import (
 
 __all__ = [
     "CifarResNet",
+    "PreActCifarResNet",
     "ResNet",
     "ZeroPadShortcut",
+    "preact_resnet20",
+    "preact_resnet56",
+    "preact_resnet110",
+    "preact_resnet164",
     "resnet18",
     "resnet20",
     "resnet32",

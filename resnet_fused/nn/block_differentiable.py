@@ -44,13 +44,13 @@ def _total(saved: Saved) -> Tensor:
     *inner, last = saved.main
     z = saved.x
     for step in inner:
-        z = bn_relu_with_statistics(convolve(z, step), _normalisation(step))[0]
+        z = bn_relu_with_statistics(convolve(z, step), normalisation(step))[0]
     residual = residual_bn = None
     if saved.projection is not None:
         residual = convolve(saved.x, saved.projection)
-        residual_bn = _normalisation(saved.projection)
+        residual_bn = normalisation(saved.projection)
     y = convolve(z, last)
-    return bn_relu_with_statistics(y, _normalisation(last), residual, residual_bn, relu=False)[0]
+    return bn_relu_with_statistics(y, normalisation(last), residual, residual_bn, relu=False)[0]
 
 
 def _passes(saved: Saved, total: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def _passes(saved: Saved, total: Tensor) -> Tensor:
     return ~((total if saved.out is None else saved.out) <= 0)
 
 
-def _normalisation(step: Step) -> BatchNormArgs:
+def normalisation(step: Step) -> BatchNormArgs:
     """The normalisation once more: batch statistics without updates, or the running ones then."""
     if step.plan.training:
         return BatchNormArgs(step.bn_weight, step.bn_bias, None, None, True, 0.0, step.plan.eps)

@@ -16,6 +16,7 @@ from resnet_fused.nn.block_parts import (
     Block,
     Branch,
     BranchGradients,
+    Convolution,
     Gradients,
     Kept,
     Saved,
@@ -55,7 +56,7 @@ class _Affine(NamedTuple):
     bias: Tensor | None
 
 
-class _Input(NamedTuple):
+class Input(NamedTuple):
     """What a convolution reads: x, or relu(batch norm of x)."""
 
     x: Tensor
@@ -74,19 +75,19 @@ class _Input(NamedTuple):
 def forward(block: Block, save_mask: bool) -> Kept:
     x, residual, main, projection = block
     kept: list[Tensor] = []
-    z = _Input(x, None)
+    z = Input(x, None)
     for branch in main[:-1]:
-        y, moments = _measure(z, branch)
-        (bn,) = _settled([branch], [moments])
-        affine = _affine(bn, moments.mean.dtype)
+        y, moments = measure(z, branch)
+        (bn,) = settled([branch], [moments])
+        affine = settled_affine(bn, moments.mean.dtype)
         kept += (y, affine.mean, affine.invstd)
-        z = _Input(y, affine)
+        z = Input(y, affine)
     ends = [main[-1]] if projection is None else [main[-1], projection]
-    measured = [_measure(z, main[-1])]
+    measured = [measure(z, main[-1])]
     if projection is not None:
-        measured.append(_measure(_Input(x, None), projection))
+        measured.append(measure(Input(x, None), projection))
     outputs = [y for y, _ in measured]
-    norms = _settled(ends, [moments for _, moments in measured])
+    norms = settled(ends, [moments for _, moments in measured])
     if projection is not None:
         residual = outputs[1]
     out, *statistics, mask = bn_relu_with_statistics(
@@ -105,38 +106,38 @@ def backward(saved: Saved) -> Gradients:
     grad, *bn_grads, grad_shortcut, shortcut_weight, shortcut_bias = last_normalisation(saved)
     branches: list[BranchGradients] = []
     if projection is not None:
-        z = _Input(x, None)
-        grad_weight = _weight_gradient(grad_shortcut, z, projection, saved.needs_weight[-1])
+        z = Input(x, None)
+        grad_weight = weight_gradient(grad_shortcut, z, projection, saved.needs_weight[-1])
         branches.append((grad_weight, shortcut_weight, shortcut_bias))
         if saved.needs_x:
             geometry = projection.geometry._asdict()
             grad_shortcut, *_ = conv_dgrad(
                 grad_shortcut, projection.weight, x.shape[2:], **geometry
             )
-    behind = _Behind(grad, None)
+    behind = Behind(grad, None)
     for index in reversed(range(1, len(main))):
         step, before = main[index], main[index - 1]
-        z = _Input(cast(Tensor, before.y), _affine_of(before))
-        grad_z, sum_grad, sum_grad_z, grad = _input_gradient(behind, step, z)
-        grad_weight = _weight_gradient(grad, z, step, saved.needs_weight[index])
+        z = Input(cast(Tensor, before.y), affine_of(before))
+        grad_z, sum_grad, sum_grad_z, grad = input_gradient(behind, step, z)
+        grad_weight = weight_gradient(grad, z, step, saved.needs_weight[index])
         branches.insert(0, (grad_weight, bn_grads[0], bn_grads[1]))
         weight, invstd = before.bn_weight, before.invstd
         bn_grads = [*parameter_gradients(sum_grad, sum_grad_z, weight, invstd)]
         sums = torch.stack((sum_grad, sum_grad_z))
         averages = averages_over(sums, values_per_channel(z.x), before.plan.group)
         has_dgrad = index > 1 or saved.needs_x
-        behind = _normalisation_backward(grad_z, before, averages, has_dgrad)
+        behind = normalisation_backward(grad_z, before, averages, has_dgrad)
     first, grad, grad_x = main[0], behind.grad, None
     has_residual = projection is None and not saved.is_identity
     if saved.needs_x:
         added = None if has_residual else grad_shortcut
-        grad_x, _, _, grad = _input_gradient(behind, first, _Input(x, None), added)
-    grad_weight = _weight_gradient(grad, _Input(x, None), first, saved.needs_weight[0])
+        grad_x, _, _, grad = input_gradient(behind, first, Input(x, None), added)
+    grad_weight = weight_gradient(grad, Input(x, None), first, saved.needs_weight[0])
     branches.insert(0, (grad_weight, bn_grads[0], bn_grads[1]))
     return Gradients(grad_x, grad_shortcut if has_residual else None, branches)
 
 
-class _Behind(NamedTuple):
+class Behind(NamedTuple):
     """The gradient of a convolution's output y: grad, or a * grad + (b * y + d).
 
     coefficients: (a, b, d), (3, K), or None.
@@ -146,8 +147,8 @@ class _Behind(NamedTuple):
     coefficients: Tensor | None
 
 
-def _input_gradient(
-    behind: _Behind, step: Step, z: _Input, residual: Tensor | None = None
+def input_gradient(
+    behind: Behind, step: Step | Convolution, z: Input, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of z.x before its batch norm, its sums, and the gradient of the step's output."""
     grad, coefficients = behind
@@ -160,17 +161,19 @@ def _input_gradient(
     return grad_z, sum_grad, sum_grad_z, grad if coefficients is None else grad_conv
 
 
-def _weight_gradient(grad: Tensor, z: _Input, step: Step, needed: bool) -> Tensor | None:
+def weight_gradient(
+    grad: Tensor, z: Input, step: Step | Convolution, needed: bool
+) -> Tensor | None:
     if not needed:
         return None
     x, scale, shift = z.for_kernel(step.weight)
     return conv_wgrad(grad, x, step.weight, scale, shift, *step.geometry)
 
 
-def _normalisation_backward(grad: Tensor, step: Step, averages: Tensor, has_dgrad: bool) -> _Behind:
+def normalisation_backward(grad: Tensor, step: Step, averages: Tensor, has_dgrad: bool) -> Behind:
     """From the gradient of the batch norm's output, where the ReLU passed, to that of its input.
 
-    has_dgrad: whether `_input_gradient` follows, which can do it for a 1x1 convolution.
+    has_dgrad: whether `input_gradient` follows, which can do it for a 1x1 convolution.
     """
     if not (has_dgrad and _is_pointwise(step.weight)):
         arguments = BackwardArguments(
@@ -179,23 +182,23 @@ def _normalisation_backward(grad: Tensor, step: Step, averages: Tensor, has_dgra
             relu=False,
         )
         grad_y, _ = bn_relu_backward_apply(*arguments, averages)
-        return _Behind(grad_y, None)
-    a = _affine_of(step).scale
+        return Behind(grad_y, None)
+    a = affine_of(step).scale
     if not step.plan.training:
         zero = torch.zeros_like(a)
-        return _Behind(grad, torch.stack((a, zero, zero)))
+        return Behind(grad, torch.stack((a, zero, zero)))
     b = -a * averages[1] * step.invstd.square()
-    return _Behind(grad, torch.stack((a, b, -a * averages[0] - b * step.mean)))
+    return Behind(grad, torch.stack((a, b, -a * averages[0] - b * step.mean)))
 
 
-def _measure(z: _Input, branch: Branch) -> tuple[Tensor, Moments]:
+def measure(z: Input, branch: Branch) -> tuple[Tensor, Moments]:
     """The convolution's output, and its moments in this process."""
     x, scale, shift = z.for_kernel(branch.weight)
     y, mean, m2 = conv_stats(x, branch.weight, scale, shift, *branch.geometry)
     return y, Moments(values_per_channel(y), mean, m2)
 
 
-def _settled(branches: list[Branch], moments: list[Moments]) -> list[BatchNormArgs]:
+def settled(branches: list[Branch], moments: list[Moments]) -> list[BatchNormArgs]:
     """The branches' batch norms as evaluation, which move their running statistics."""
     norms = [branch.bn for branch in branches]
     live = [i for i, bn in enumerate(norms) if bn.training]
@@ -205,17 +208,17 @@ def _settled(branches: list[Branch], moments: list[Moments]) -> list[BatchNormAr
     return norms
 
 
-def _affine(bn: BatchNormArgs, dtype: torch.dtype) -> _Affine:
+def settled_affine(bn: BatchNormArgs, dtype: torch.dtype) -> _Affine:
     mean = cast(Tensor, bn.running_mean).to(dtype, copy=True)
     invstd = (cast(Tensor, bn.running_var).to(dtype) + bn.eps).rsqrt()
-    return _make_affine(mean, invstd, bn.weight, bn.bias)
+    return make_affine(mean, invstd, bn.weight, bn.bias)
 
 
-def _affine_of(step: Step) -> _Affine:
-    return _make_affine(step.mean, step.invstd, step.bn_weight, step.bn_bias)
+def affine_of(step: Step) -> _Affine:
+    return make_affine(step.mean, step.invstd, step.bn_weight, step.bn_bias)
 
 
-def _make_affine(
+def make_affine(
     mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> _Affine:
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
@@ -228,15 +231,15 @@ def _make_affine(
 def _with_outputs(saved: Saved) -> Saved:
     """Outputs of the last convolution and of the projection, computed once more."""
     *inner, last = saved.main
-    z = _Input(cast(Tensor, inner[-1].y), _affine_of(inner[-1])) if inner else _Input(saved.x, None)
-    main = [*inner, last._replace(y=_convolve(z, last))]
+    z = Input(cast(Tensor, inner[-1].y), affine_of(inner[-1])) if inner else Input(saved.x, None)
+    main = [*inner, last._replace(y=convolve(z, last))]
     projection = saved.projection
     if projection is not None:
-        projection = projection._replace(y=_convolve(_Input(saved.x, None), projection))
+        projection = projection._replace(y=convolve(Input(saved.x, None), projection))
     return saved._replace(main=main, projection=projection)
 
 
-def _convolve(z: _Input, step: Step) -> Tensor:
+def convolve(z: Input, step: Step | Convolution) -> Tensor:
     x, scale, shift = z.for_kernel(step.weight)
     y, _, _ = conv_stats(x, step.weight, scale, shift, *step.geometry)
     return y

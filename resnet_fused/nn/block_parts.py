@@ -23,6 +23,14 @@ class Geometry(NamedTuple):
     groups: int
 
 
+class Convolution(NamedTuple):
+    """A convolution without bias whose output is not kept."""
+
+    weight: Tensor
+    geometry: Geometry
+    y: None = None
+
+
 class Branch(NamedTuple):
     """A convolution without bias, and the batch normalisation of its output.
 
@@ -123,9 +131,9 @@ class Gradients(NamedTuple):
     branches: list[BranchGradients]
 
 
-def convolve(x: Tensor, branch: Branch | Step) -> Tensor:
+def convolve(x: Tensor, layer: Branch | Step | Convolution) -> Tensor:
     """PyTorch's convolution."""
-    return torch.conv2d(x, branch.weight, None, *branch.geometry)
+    return torch.conv2d(x, layer.weight, None, *layer.geometry)
 
 
 def relu_output(step: Step) -> Tensor:

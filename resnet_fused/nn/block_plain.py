@@ -8,6 +8,7 @@ from torch import Tensor
 from resnet_fused.nn.block_parts import (
     Block,
     BranchGradients,
+    Convolution,
     Gradients,
     Kept,
     Saved,
@@ -53,7 +54,7 @@ def backward(saved: Saved) -> Gradients:
     branches: list[BranchGradients] = []
     if projection is not None:
         wanted = (saved.needs_x, saved.needs_weight[-1])
-        grad_shortcut, grad_weight = _convolution_backward(grad_shortcut, x, projection, wanted)
+        grad_shortcut, grad_weight = convolution_backward(grad_shortcut, x, projection, wanted)
         branches.append((grad_weight, shortcut_weight, shortcut_bias))
     for index in reversed(range(len(main))):
         step = main[index]
@@ -62,7 +63,7 @@ def backward(saved: Saved) -> Gradients:
             z = relu_output(main[index - 1]) if index else x
         last_input = None
         wanted = (saved.needs_x or index > 0, saved.needs_weight[index])
-        grad_z, grad_weight = _convolution_backward(grad_y, z, step, wanted)
+        grad_z, grad_weight = convolution_backward(grad_y, z, step, wanted)
         branches.insert(0, (grad_weight, bn_grads[0], bn_grads[1]))
         if index:
             before = main[index - 1]
@@ -87,8 +88,8 @@ def _with_outputs(saved: Saved, last_input: Tensor) -> Saved:
     return saved._replace(main=main, projection=projection)
 
 
-def _convolution_backward(
-    grad_y: Tensor, x: Tensor, step: Step, wanted: tuple[bool, bool]
+def convolution_backward(
+    grad_y: Tensor, x: Tensor, step: Step | Convolution, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
     stride, padding, dilation, groups = step.geometry
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(

@@ -47,7 +47,7 @@ def conv_bn_relu(
 
     reuse_residual: the memory of `residual` may become the output's, if no gradient is needed.
     """
-    if not (_applies(x) and is_pair(conv, bn)):
+    if not (applies(x) and is_pair(conv, bn)):
         return None
     if torch.compiler.is_compiling() and group_of(bn) is not None:
         return None  # messages to other processes are not traced
@@ -63,7 +63,7 @@ def conv_bn_relu_max_pool(
         and _has_max_pool(x)
         and calls_are_plain()
         and is_pair(conv, bn)
-        and _is_live(bn)  # type: ignore[arg-type]
+        and is_live(bn)  # type: ignore[arg-type]
         and is_plain_max_pool(pool)
         and max(pair_of(pool.kernel_size)) <= LARGEST_KERNEL
     ):
@@ -88,15 +88,15 @@ def residual_forward(
     its own training flag. owner: the block, for which an inference plan is made where possible.
     mode: what is kept for a backward.
     """
-    if not (_applies(x) and all(is_pair(conv, bn) for conv, bn in pairs)):
+    if not (applies(x) and all(is_pair(conv, bn) for conv, bn in pairs)):
         return None
     projection = as_pair(downsample)
     every: list[Pair] = [*pairs, projection] if projection is not None else [*pairs]  # type: ignore[list-item]
     if torch.compiler.is_compiling() and any(group_of(bn) is not None for _, bn in every):
         return None  # messages to other processes are not traced
     main: list[Pair] = [*pairs]  # type: ignore[list-item]
-    is_live = any(_is_live(bn) for _, bn in every)
-    if torch.is_grad_enabled() and is_live and not torch.compiler.is_compiling():
+    has_live = any(is_live(bn) for _, bn in every)
+    if torch.is_grad_enabled() and has_live and not torch.compiler.is_compiling():
         if _is_one_node(x, every):
             return _trained_forward(x, main, projection, downsample, mode)
     elif downsample is None or projection is not None:
@@ -114,7 +114,7 @@ def residual_forward(
         return _pair_forward(z, last, downsample(x))
     if not _share_statistics(last[1], projection[1]):
         return _pair_forward(z, last, _pair_forward(x, projection, relu=False))
-    if not _folds(x) or _is_live(last[1]) or _is_live(projection[1]):
+    if not _folds(x) or is_live(last[1]) or is_live(projection[1]):
         y, y_shortcut = _convolve(z, last[0]), _convolve(x, projection[0])
         return normalization.bn_relu(
             *(y, batch_norm_args(last[1]), group_of(last[1])),
@@ -129,7 +129,7 @@ def _share_statistics(bn: BatchNorm, other: BatchNorm) -> bool:
     return not (uses_batch(bn) and uses_batch(other)) or group_of(bn) is group_of(other)
 
 
-def _applies(x: Tensor) -> bool:
+def applies(x: Tensor) -> bool:
     """Whether fused operators are exact and worth calling for x, here and now."""
     return x.dim() == 4 and backends.is_accelerated("bn_relu", x) and calls_are_plain()
 
@@ -149,7 +149,7 @@ def _has_max_pool(x: Tensor) -> bool:
     return backends.is_implemented(name) and backends.is_accelerated(name, x)
 
 
-def _is_live(bn: BatchNorm) -> bool:
+def is_live(bn: BatchNorm) -> bool:
     """Whether `bn` must see the convolution's output: to normalise by it, or for a gradient.
 
     The gradient of a folded scale is exact as well, but that of the normalisation's weight would be
@@ -169,7 +169,7 @@ def _pair_forward(
     reuse_residual: bool = False,
 ) -> Tensor:
     conv, bn = pair
-    if not _folds(x) or _is_live(bn):
+    if not _folds(x) or is_live(bn):
         y = _convolve(x, conv)
         if residual is not None:
             residual = residual.to(y.dtype)  # as in `out += identity`

@@ -19,11 +19,19 @@ _LIVE = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 def is_pair(conv: nn.Module, bn: nn.Module) -> bool:
     """Whether the two are a plain Conv2d and a batch norm that nobody listens to."""
-    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros":
+    return is_plain_conv(conv) and is_plain_norm(bn)
+
+
+def is_plain_conv(module: nn.Module) -> bool:
+    """Whether the module is a Conv2d that pads with zeros, by a number, and has no hooks."""
+    if type(module) is not nn.Conv2d or module.padding_mode != "zeros":
         return False
-    if isinstance(conv.padding, str) or not (type(bn) in _LIVE or is_frozen_batch_norm(bn)):
-        return False
-    return not (has_hooks(conv) or has_hooks(bn))
+    return not (isinstance(module.padding, str) or has_hooks(module))
+
+
+def is_plain_norm(module: nn.Module) -> bool:
+    """Whether the module is a batch norm that is fused, and has no hooks."""
+    return (type(module) in _LIVE or is_frozen_batch_norm(module)) and not has_hooks(module)
 
 
 def as_pair(downsample: nn.Module | None) -> Pair | None:
