@@ -73,7 +73,7 @@ class Function:
         self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else None
-        running = [t.to(dtype, copy=True) for t in self.running]
+        self.updated = running = [t.to(dtype, copy=True) for t in self.running]
         if self.fused:
             return bn_relu_max_pool(
                 *(x, weight, bias, *running, self.training, MOMENTUM, self.eps), *self.windows
@@ -279,12 +279,16 @@ def test_closed_windows_pass_no_gradient(case: Case) -> None:
 
 
 @pytest.mark.parametrize("backend", on_backends(OPERATOR))
-def test_empty_batch_in_evaluation(backend: str) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_batch(backend: str, training: bool) -> None:
+    """As in eager: gradients of zero, and statistics that do not move."""
     case = Case(backend, (0, 5, 4, 4), torch.float32, "nchw")
     leaves = {n: t.requires_grad_() for n, t in arguments(case).items()}
+    function = Function(case, training, fused=True)
     with rf.backend(backend):
-        out = Function(case, False, fused=True)(**leaves)
+        out = function(**leaves)
         out.sum().backward()
+    assert all(map(torch.equal, function.updated, function.running))
     assert out.shape == (0, 5, 2, 2)
     for leaf in leaves.values():
         assert leaf.grad is not None

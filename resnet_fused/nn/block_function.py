@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from resnet_fused.nn import block_differentiable, block_native, block_operators, block_plain
-from resnet_fused.nn.block_parts import KEPT, TENSORS, Block, Branch, Plan, Saved, Step
+from resnet_fused.nn.block_parts import (
+    KEPT,
+    TENSORS,
+    Block,
+    Branch,
+    Plan,
+    Saved,
+    Step,
+    as_in_forward,
+)
 from resnet_fused.nn.training_mode import TrainingMode
 from resnet_fused.ops.bn_relu import BatchNormArgs, keeps_output
 
@@ -93,16 +102,26 @@ class _ResidualBlock(torch.autograd.Function):
         saved = Saved(
             *(grad_out, out, mask, x, main, projection, ctx.is_identity, needs_x, needs_weight)
         )
-        if torch.is_grad_enabled():
-            needs = [needed[TENSORS * i + j] for i in range(len(plans)) for j in range(3)]
-            grads = block_differentiable.backward(saved, needs)
-        else:
-            grads = ctx.implementation.backward(saved)
+        with as_in_forward(x):
+            if torch.is_grad_enabled():
+                needs = [needed[TENSORS * i + j] for i in range(len(plans)) for j in range(3)]
+                grads = block_differentiable.backward(saved, needs)
+            else:
+                grads = _for_backward(ctx.implementation, grad_out).backward(saved)
         result = [None, grads.x if needs_x else None, grads.residual if needs_residual else None]
         for branch in grads.branches:
             result += (*branch, None, None)  # the running statistics have no gradient
         wanted = (False, needs_x, needs_residual, *needed)
         return tuple(g if want else None for g, want in zip(result, wanted, strict=True))
+
+
+def _for_backward(implementation: ModuleType, grad_out: Tensor) -> ModuleType:
+    """vmap over gradients, as in vectorised Jacobians, needs operators that it can batch."""
+    functorch = torch._C._functorch
+    is_batched = functorch.is_legacy_batchedtensor(grad_out) or (
+        functorch.is_functorch_wrapped_tensor(grad_out)
+    )
+    return block_plain if is_batched and implementation is block_native else implementation
 
 
 def _implementation(x: Tensor, plans: Sequence[Plan]) -> ModuleType:

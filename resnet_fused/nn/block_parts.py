@@ -1,5 +1,6 @@
 """A residual block as the autograd node of `block_function` takes it apart."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
@@ -129,6 +130,13 @@ class Gradients(NamedTuple):
     x: Tensor | None
     residual: Tensor | None
     branches: list[BranchGradients]
+
+
+def as_in_forward(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """For a backward: dtypes are those of the forward, whatever autocast is on around it."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def convolve(x: Tensor, layer: Branch | Step | Convolution) -> Tensor:

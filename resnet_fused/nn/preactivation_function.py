@@ -19,7 +19,15 @@ from resnet_fused.nn import (
     preactivation_operators,
     preactivation_plain,
 )
-from resnet_fused.nn.block_parts import KEPT, Branch, Convolution, Geometry, Plan, Step
+from resnet_fused.nn.block_parts import (
+    KEPT,
+    Branch,
+    Convolution,
+    Geometry,
+    Plan,
+    Step,
+    as_in_forward,
+)
 from resnet_fused.nn.preactivation_parts import (
     FirstStep,
     Norm,
@@ -112,10 +120,11 @@ class _PreActivationBlock(torch.autograd.Function):
             needs_x or any(needs_affine[:2]),
             needs_weight,
         )
-        if torch.is_grad_enabled():
-            grads = preactivation_differentiable.backward(saved, [*needs_affine, *needs_weight])
-        else:
-            grads = ctx.implementation.backward(saved)
+        with as_in_forward(grad_out):
+            if torch.is_grad_enabled():
+                grads = preactivation_differentiable.backward(saved, [*needs_affine, *needs_weight])
+            else:
+                grads = ctx.implementation.backward(saved)
         result = [None, grads.x]
         for norm in grads.norms:
             result += (*norm, None, None)  # the running statistics have no gradient

@@ -91,6 +91,8 @@ def settle(bn: BatchNormArgs, moments: Moments) -> BatchNormArgs:
     Raises ValueError on one value per channel, as every batch norm in training.
     """
     count, mean, m2 = moments
+    if not isinstance(count, Tensor) and count == 0:  # of nothing: nothing moves
+        return BatchNormArgs(bn.weight, bn.bias, mean, m2, False, 0.0, bn.eps)
     if not isinstance(count, Tensor) and count <= 1:
         raise ValueError(
             f"bn_relu: expected more than 1 value per channel when training, got {count}"

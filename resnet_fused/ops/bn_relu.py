@@ -129,7 +129,7 @@ def check_batch_norm(operator: str, name: str, x: Tensor, bn: BatchNormArgs) -> 
             f"{operator}: {prefix}running_mean and {prefix}running_var must be given in evaluation,"
             " got None (pass training=True to use the statistics of the batch)"
         )
-    if bn.training and x.size(0) * x.size(2) * x.size(3) <= 1:
+    if bn.training and x.size(0) * x.size(2) * x.size(3) == 1:
         raise ValueError(
             f"{operator}: expected more than 1 value per channel when training,"
             f" got {name} of shape {tuple(x.shape)}"
@@ -156,6 +156,8 @@ def _unpack(args: tuple[Any, ...]) -> tuple[Tensor, BatchNormArgs, Tensor | None
 
 def _kernel(*args: Any) -> tuple[Tensor, ...]:
     x, bn, residual, residual_bn = _unpack(args)
+    if x.numel() == 0:  # statistics that are of nothing move nothing
+        return tuple(torch.zeros_like(output) for output in _fake(*args))
     format_ = memory_format(x)
     outputs: tuple[Tensor, ...] = backends.choose("bn_relu", x)(
         x.contiguous(memory_format=format_), *args[1:8], to_format(residual, format_), *args[9:]

@@ -154,6 +154,8 @@ def _check(args: tuple[Any, ...]) -> tuple[int, ...]:
 def _kernel(*args: Any) -> tuple[Tensor, ...]:
     _check(args)
     x, bn = args[0], BatchNormArgs(*args[1:8])
+    if x.numel() == 0:  # statistics that are of nothing move nothing
+        return tuple(torch.zeros_like(output) for output in _fake(*args))
     outputs: tuple[Tensor, ...] = backends.choose("bn_relu_max_pool", x)(
         x.contiguous(memory_format=memory_format(x)), *args[1:]
     )
