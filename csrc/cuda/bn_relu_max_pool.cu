@@ -12,6 +12,7 @@
 #include <array>
 #include <cstdint>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cuda/activation.h"
@@ -112,11 +113,12 @@ class PixelWalk {
 // Where the elements of one channel lie in an activation.
 template <class Layout>
 struct Plane {
+  static constexpr bool kIsNchw = std::is_same_v<Layout, Nchw<Layout::kWidth>>;
   int64_t channels, channel;
   int height, width;
 
   __device__ int64_t at(int image, int row, int column) const {
-    if constexpr (std::is_same_v<Layout, Nchw<Layout::kWidth>>) {
+    if constexpr (kIsNchw) {
       return ((image * channels + channel) * height + row) * width + column;
     } else {
       return ((static_cast<int64_t>(image) * height + row) * width + column) * channels + channel;
@@ -126,7 +128,7 @@ struct Plane {
   // Elements from a pixel to another one of its image.
   __device__ int64_t step(int rows, int columns) const {
     const int64_t pixels = static_cast<int64_t>(rows) * width + columns;
-    return std::is_same_v<Layout, Nchw<Layout::kWidth>> ? pixels : pixels * channels;
+    return kIsNchw ? pixels : pixels * channels;
   }
 };
 
@@ -330,7 +332,7 @@ struct GradientsArguments {
   Windows windows;
 };
 
-// The tap that a pixel of x is of an output; -1 where it is none, or there is no such output.
+// The tap that a pixel of x is of an output; negative where it is none, or there is no such output.
 __device__ inline int tap_along(const WindowAxis& axis, int input, int output) {
   const int tap = input + axis.padding - output * axis.stride;
   return output >= 0 && output < axis.outputs && tap < axis.kernel ? tap : -1;
@@ -376,7 +378,7 @@ __global__ void __launch_bounds__(kThreads, kGradientsSpread.resident_blocks)
       for (int u = 0; u < kOverlap; ++u) {
         const int tap_row = tap_along(rows, walk.row, top + down);
         const int tap_column = tap_along(columns, walk.column, left + across);
-        const bool exists = window + u < windows && tap_row >= 0 && tap_column >= 0;
+        const bool exists = tap_row >= 0 && tap_column >= 0;
         tap[u] = exists ? tap_row * columns.kernel + tap_column : -1;
         if (exists) {
           const int64_t output = corner + of_out.step(down, across);
