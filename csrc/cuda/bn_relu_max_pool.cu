@@ -179,6 +179,7 @@ __global__ void __launch_bounds__(kThreads, kForwardSpread.resident_blocks)
       argmax[j] = kClosed;
     }
     int down = 0, across = 0;
+#pragma unroll 1
     for (int tap = 0; tap < taps; tap += kTaps) {
       Vector<T, kWidth> x[kTaps];
       bool exists[kTaps];
