@@ -108,13 +108,17 @@ def test_matches_eager(case: Case, mode: str) -> None:
 
 
 @pytest.mark.parametrize("windows", WINDOWS)
-@pytest.mark.parametrize("case", grid(OPERATOR, [(2, 17, 9, 10)], [torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize(
+    "case", grid(OPERATOR, [(2, 17, 9, 10)], [torch.float32, torch.bfloat16], interpreter=False)
+)
 def test_windows(case: Case, windows: str) -> None:
     check(case, True, WINDOWS[windows])
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", grid(OPERATOR, dtypes=[torch.float32], layouts=LAYOUTS))
+@pytest.mark.parametrize(
+    "case", grid(OPERATOR, dtypes=[torch.float32], layouts=LAYOUTS, interpreter=False)
+)
 def test_layouts(case: Case, mode: str) -> None:
     check(case, MODES[mode])
 
@@ -291,7 +295,7 @@ def test_empty_batch_in_evaluation(backend: str) -> None:
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
-@pytest.mark.parametrize("case", grid(OPERATOR, [(4, 19, 7, 6)]))
+@pytest.mark.parametrize("case", grid(OPERATOR, [(4, 19, 7, 6)], interpreter=False))
 def test_statistics_over_two_processes(case: Case) -> None:
     """Sums of both halves of a batch, added and divided, give the gradient of the whole."""
     tensors, sizes = arguments(case), ([3, 3], [2, 2], [1, 1])
@@ -406,7 +410,9 @@ def test_fake_is_like_real(case: Case) -> None:
     check_fake(case)
 
 
-@pytest.mark.parametrize("case", grid(OPERATOR, [SHAPE], [torch.float32], [*LAYOUTS][2:]))
+@pytest.mark.parametrize(
+    "case", grid(OPERATOR, [SHAPE], [torch.float32], [*LAYOUTS][2:], interpreter=False)
+)
 def test_fake_is_like_real_in_every_layout(case: Case) -> None:
     check_fake(case)
 
@@ -425,7 +431,7 @@ def check_fake(case: Case) -> None:
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "sliced"])
-@pytest.mark.parametrize("backend", on_backends(OPERATOR))
+@pytest.mark.parametrize("backend", on_backends(OPERATOR, interpreter=False))
 def test_opcheck(backend: str, layout: str) -> None:
     case = Case(backend, (2, 3, 4, 2), torch.float32, layout)
     with rf.backend(backend):
