@@ -110,7 +110,7 @@ def test_bn_relu_max_pool(layout: str) -> None:
     zero, one = torch.zeros(CHANNELS), torch.ones(CHANNELS)
     windows = (2, 2), (1, 1), (1, 1)
     # Large tiles: of them a program has few.
-    spread = Spread(vectors=32, columns=32, programs=8)
+    spread = Spread(vectors=16, columns=32, programs=8)
     named = {"configuration": bn_relu_max_pool.Configuration(*(spread,) * 4)}
     bn = one, 2 * one, zero, one, False, 0.1, 0.0
     out, mean, invstd, argmax = bn_relu_max_pool.bn_relu_max_pool(x, *bn, *windows, **named)
