@@ -65,10 +65,6 @@ def _reference(operator: str) -> dict[str, _Implementation]:
     }
 
 
-def _pooling(operator: str) -> dict[str, _Implementation]:
-    return _native(operator, "cpu") | _reference(operator)
-
-
 def _elementwise(operator: str) -> dict[str, _Implementation]:
     return _native(operator, "cpu", "cuda") | _triton(operator) | _reference(operator)
 
@@ -98,9 +94,9 @@ _IMPLEMENTATIONS: dict[str, dict[str, _Implementation]] = {
     "bn_relu_backward_sums": _elementwise("bn_relu_backward_sums"),
     "bn_relu_backward_apply": _elementwise("bn_relu_backward_apply"),
     "bn_statistics": _elementwise("bn_statistics"),
-    "bn_relu_max_pool": _pooling("bn_relu_max_pool"),
-    "bn_relu_max_pool_backward_sums": _pooling("bn_relu_max_pool_backward_sums"),
-    "bn_relu_max_pool_backward_apply": _pooling("bn_relu_max_pool_backward_apply"),
+    "bn_relu_max_pool": _elementwise("bn_relu_max_pool"),
+    "bn_relu_max_pool_backward_sums": _elementwise("bn_relu_max_pool_backward_sums"),
+    "bn_relu_max_pool_backward_apply": _elementwise("bn_relu_max_pool_backward_apply"),
     "conv_bn_relu": _convolution("conv_bn_relu", on_cpu=True),
     "conv_bn_relu_": _convolution("conv_bn_relu_", on_cpu=True),
     "conv_bn_relu_backward": _convolution("conv_bn_relu_backward", on_cpu=True),

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,90 @@ def mutate(text: str, old: str, new: str) -> str:
     """Text with its only occurrence of old replaced."""
     assert text.count(old) == 1, f"{text.count(old)} occurrences of {old!r}"
     return text.replace(old, new)
+
+
+# Declares what chooses between mistakes, and the operator make_mistake(int number), which sets it;
+# 0: none.
+MISTAKE = """
+#include <cstdint>
+namespace resnet_fused {
+inline int64_t mistake = 0;
+}
+"""
+MAKE_MISTAKE = """
+namespace {
+void set_mistake(int64_t number) { resnet_fused::mistake = number; }
+}
+STABLE_TORCH_LIBRARY_FRAGMENT(RESNET_FUSED_NAMESPACE, m) {
+  m.def("make_mistake(int number) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(RESNET_FUSED_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("make_mistake", TORCH_BOX(&set_mistake));
+}
+"""
+# New tensors of launchers hold NaN and lie amid NaN: what is written beside them hits nothing else.
+AMID_NAN = """
+#include <cstring>
+#include "emulator/emulator.h"
+inline AOTITorchError empty_amid_nan(int64_t dimensions, const int64_t* sizes,
+                                     const int64_t* strides, int32_t dtype, int32_t device_type,
+                                     int32_t device_index, AtenTensorHandle* result) {
+  constexpr int64_t kMargin = 1 << 15, kStride = 1;
+  int64_t elements = 2 * kMargin + 1;
+  bool is_empty = false;
+  for (int64_t i = 0; i < dimensions; ++i) {
+    elements += (sizes[i] - 1) * strides[i];
+    is_empty |= sizes[i] == 0;
+  }
+  if (is_empty) elements = 2 * kMargin;
+  AtenTensorHandle handle = nullptr;
+  if (aoti_torch_empty_strided(1, &elements, &kStride, dtype, device_type, device_index, &handle)) {
+    return AOTI_TORCH_FAILURE;
+  }
+  torch::stable::Tensor whole(handle);
+  std::memset(whole.mutable_data_ptr(), 0xff, elements * whole.element_size());
+  return aoti_torch__reinterpret_tensor(handle, dimensions, sizes, strides, kMargin, result);
+}
+#define aoti_torch_empty_strided empty_amid_nan
+#include "cuda/activation.h"
+#undef aoti_torch_empty_strided
+"""
+
+
+def with_mistakes(text: str, mistakes: Iterable[tuple[int, str, str]]) -> str:
+    """A source in which `mistake` chooses between what is right and each of the mistakes.
+
+    mistakes: (number, site, new) each: what stands between the two @ of `site` becomes `new`.
+    """
+    places: dict[tuple[int, int], list[tuple[int, str]]] = {}
+    for number, site, new in mistakes:
+        before, old, after = site.split("@")
+        whole = before + old + after
+        assert text.count(whole) == 1, f"{text.count(whole)} occurrences of {whole!r}"
+        start = text.index(whole) + len(before)
+        places.setdefault((start, start + len(old)), []).append((number, new))
+    end = len(text)
+    for start, stop in sorted(places, reverse=True):
+        assert stop <= end, f"overlapping sites at {text[start:stop]!r}"
+        end = start
+        choice = text[start:stop]
+        is_statement = choice.endswith(";")
+        for number, new in places[start, stop]:
+            condition = f"::resnet_fused::mistake == {number}"
+            if is_statement:
+                choice = f"{{ if ({condition}) {{ {new} }} else {{ {choice} }} }}"
+            else:
+                choice = f"({condition} ? ({new}) : ({choice}))"
+        text = text[:start] + choice + text[stop:]
+    return text
+
+
+def amid_nan(tensor: torch.Tensor, offset: int = 0) -> torch.Tensor:
+    """The same with NaN, or all bits, around: where a mistake reads, there is something to see."""
+    margin = 1 << 15
+    nothing = float("nan") if tensor.is_floating_point() else 255
+    storage = tensor.new_full((tensor.numel() + 2 * margin,), nothing)
+    return storage.as_strided(tensor.shape, tensor.stride(), margin + offset).copy_(tensor)
 
 
 def launches(ops: Any) -> list[dict[str, Any]]:

@@ -126,6 +126,36 @@ def test_bn_relu_apply(case: Case) -> None:
     compare((out,), (reference.bn_relu_apply(*arguments),), (exact,))
 
 
+# A stem's, and others for which there are kernels of their own.
+WINDOWS = {"stem": ([3, 3], [2, 2], [1, 1]), "wide": ([2, 3], [1, 3], [1, 0])}
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", cases("bn_relu_max_pool"))
+def test_bn_relu_max_pool(case: Case, training: bool, windows: str) -> None:
+    x, sizes = activations(case)[0], WINDOWS[windows]
+    own = vectors(case.shape[1], 3)
+    arguments = (x, *own, training, 0.3, 1e-3, *sizes)
+    out, mean, invstd, argmax = results = run(case, "bn_relu_max_pool", *clones(arguments))
+    eager = reference.bn_relu_max_pool(*clones(arguments))
+    # Places are compared by the gradients that they decide.
+    exact = reference.bn_relu_max_pool(*map(doubled, clones(arguments)))
+    compare(results[:3], eager[:3], exact[:3])
+    grad_out = LAYOUTS[case.layout][0](normal(out.shape, 1).to(case.dtype))
+    backward = [t.cpu() for t in (grad_out, x, argmax, mean)]
+    sums = run(case, "bn_relu_max_pool_backward_sums", *backward, *sizes)
+    eager = (reference.bn_relu_max_pool_backward_sums(*backward, *sizes),)
+    exact = (reference.bn_relu_max_pool_backward_sums(*map(doubled, backward), *sizes),)
+    compare((sums,), eager, exact)
+    averages = sums.cpu() / (x.numel() // x.size(1))
+    backward = [*backward[:3], own[0], mean.cpu(), invstd.cpu(), training, averages]
+    grad_x = run(case, "bn_relu_max_pool_backward_apply", *backward, *sizes)
+    eager = (reference.bn_relu_max_pool_backward_apply(*backward, *sizes),)
+    exact = (reference.bn_relu_max_pool_backward_apply(*map(doubled, backward), *sizes),)
+    compare((grad_x,), eager, exact)
+
+
 # Vectors and rests of them, several tiles, a sum in parts, phases of a stride.
 CONVOLUTIONS = {
     "1x1": Conv((3, 40, 9, 8), 72, kernel=1, padding=(0, 0)),

@@ -16,7 +16,6 @@ import torch
 from convolutions import Tensors
 from emulated_convolutions import Kind, given, run, tiles_of
 from test_conv_bn_relu import Conv
-from torch import Tensor
 
 pytestmark = [
     pytest.mark.emulator,
@@ -33,35 +32,6 @@ HEADERS = (
     "reduction.h",
 )
 BEFORE = """
-#include <cstring>
-#include "emulator/emulator.h"
-namespace resnet_fused {
-// Which mistake is made; 0: none.
-inline int64_t mistake = 0;
-}
-// New tensors hold NaN and lie amid NaN: what is written beside them hits nothing else.
-inline AOTITorchError empty_amid_nan(int64_t dimensions, const int64_t* sizes,
-                                     const int64_t* strides, int32_t dtype, int32_t device_type,
-                                     int32_t device_index, AtenTensorHandle* result) {
-  constexpr int64_t kMargin = 1 << 15, kStride = 1;
-  int64_t elements = 2 * kMargin + 1;
-  bool is_empty = false;
-  for (int64_t i = 0; i < dimensions; ++i) {
-    elements += (sizes[i] - 1) * strides[i];
-    is_empty |= sizes[i] == 0;
-  }
-  if (is_empty) elements = 2 * kMargin;
-  AtenTensorHandle handle = nullptr;
-  if (aoti_torch_empty_strided(1, &elements, &kStride, dtype, device_type, device_index, &handle)) {
-    return AOTI_TORCH_FAILURE;
-  }
-  torch::stable::Tensor whole(handle);
-  std::memset(whole.mutable_data_ptr(), 0xff, elements * whole.element_size());
-  return aoti_torch__reinterpret_tensor(handle, dimensions, sizes, strides, kMargin, result);
-}
-#define aoti_torch_empty_strided empty_amid_nan
-#include "cuda/activation.h"
-#undef aoti_torch_empty_strided
 #define dispatch_up_to_float32(op, name, dtype, ...) (__VA_ARGS__)(torch::headeronly::BFloat16{})
 #define dispatch_floating(op, name, dtype, ...) (__VA_ARGS__)(torch::headeronly::BFloat16{})
 """
@@ -69,15 +39,6 @@ AFTER = """
 resnet_fused::Tensor resnet_fused::scale_shift_relu(const char* op, const Tensor&, const Tensor&,
                                                     const Tensor&) {
   fail(op, ": has no prologue of its own here");
-}
-namespace {
-void set_mistake(int64_t number) { resnet_fused::mistake = number; }
-}
-STABLE_TORCH_LIBRARY_FRAGMENT(RESNET_FUSED_NAMESPACE, m) {
-  m.def("make_mistake(int number) -> ()");
-}
-STABLE_TORCH_LIBRARY_IMPL(RESNET_FUSED_NAMESPACE, CompositeExplicitAutograd, m) {
-  m.impl("make_mistake", TORCH_BOX(&set_mistake));
 }
 """
 
@@ -787,41 +748,26 @@ def joined() -> str:
         seen.add(match[1])
         return pasted.sub(paste, with_mistakes(match[1]).replace("#pragma once", ""))
 
-    text = BEFORE
+    text = emulation.MISTAKE + emulation.AMID_NAN + BEFORE
     for source in SOURCES:
         stem = source.removesuffix(".cu")
         inlined = with_mistakes(source).replace("namespace {", f"inline namespace {stem}_cu {{")
         text += pasted.sub(paste, inlined)
     all_tiles = "typename TileList<T, Math, Prologue>::Types;"
     text = emulation.mutate(text, all_tiles, "std::tuple<Tile<T, Math, 64, 64, 32, 32, 4, 3>>;")
-    return text + AFTER
+    return text + AFTER + emulation.MAKE_MISTAKE
 
 
 def with_mistakes(file: str) -> str:
     """A file of csrc/cuda in which `mistake` chooses between what is right and each mutant."""
     text = (emulation.CSRC / "cuda" / file).read_text()
-    places: dict[tuple[int, int], list[tuple[int, str]]] = {}
-    for name, mutant in MUTANTS.get(file, {}).items():
-        before, old, after = mutant.site.split("@")
-        whole = before + old + after
-        assert text.count(whole) == 1, f"{name}: {text.count(whole)} occurrences of {whole!r}"
-        start = text.index(whole) + len(before)
-        number = 1 + ALL.index((file, name))
-        places.setdefault((start, start + len(old)), []).append((number, mutant.new))
-    end = len(text)
-    for start, stop in sorted(places, reverse=True):
-        assert stop <= end, f"{file}: overlapping sites"
-        end = start
-        choice = text[start:stop]
-        is_statement = choice.endswith(";")
-        for number, new in places[start, stop]:
-            condition = f"::resnet_fused::mistake == {number}"
-            if is_statement:
-                choice = f"{{ if ({condition}) {{ {new} }} else {{ {choice} }} }}"
-            else:
-                choice = f"({condition} ? ({new}) : ({choice}))"
-        text = text[:start] + choice + text[stop:]
-    return text
+    return emulation.with_mistakes(
+        text,
+        (
+            (1 + ALL.index((file, name)), mutant.site, mutant.new)
+            for name, mutant in MUTANTS.get(file, {}).items()
+        ),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -838,17 +784,9 @@ def ops(broken: Any) -> Iterator[Any]:
     broken.make_mistake(0)
 
 
-def amid_nan(tensor: Tensor, offset: int) -> Tensor:
-    """The same with NaN, or all bits, around: where a mistake reads, there is something to see."""
-    margin = 1 << 15
-    nothing = float("nan") if tensor.is_floating_point() else 255
-    storage = tensor.new_full((tensor.numel() + 2 * margin,), nothing)
-    return storage.as_strided(tensor.shape, tensor.stride(), margin + offset).copy_(tensor)
-
-
 def tensors_of(case: Case) -> Tensors:
     tensors = given(case.kind, case.conv, DTYPE)
-    return {name: amid_nan(t, case.offset) for name, t in tensors.items()}
+    return {name: emulation.amid_nan(t, case.offset) for name, t in tensors.items()}
 
 
 class Outcome(NamedTuple):

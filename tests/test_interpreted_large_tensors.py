@@ -21,7 +21,14 @@ if not interpreted_backend.ENABLED:
 
 import interpretation
 
-from resnet_fused.triton_kernels import add_relu, bn_relu, conv_bn_relu, conv_stats
+from resnet_fused.triton_kernels import (
+    add_relu,
+    bn_relu,
+    bn_relu_max_pool,
+    conv_bn_relu,
+    conv_stats,
+)
+from resnet_fused.triton_kernels.activations import Spread
 from resnet_fused.triton_kernels.conv_bn_relu_backward import conv_bn_relu_backward
 from resnet_fused.triton_kernels.conv_dgrad import conv_dgrad
 from resnet_fused.triton_kernels.conv_wgrad import conv_wgrad
@@ -94,6 +101,27 @@ def test_bn_relu(training: bool, layout: str) -> None:
         *(x, x, None, mask, one, zero, mean, invstd, training, True, None, False),
         *(None, None, None, None, False, True),
     )
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_bn_relu_max_pool(layout: str) -> None:
+    """With windows that overlap so far that the output is as large as x."""
+    x = ends_with_ones(large(layout))
+    zero, one = torch.zeros(CHANNELS), torch.ones(CHANNELS)
+    windows = (2, 2), (1, 1), (1, 1)
+    # Large tiles: of them a program has few.
+    spread = Spread(vectors=16, columns=32, programs=8)
+    named = {"configuration": bn_relu_max_pool.Configuration(*(spread,) * 4)}
+    bn = one, 2 * one, zero, one, False, 0.1, 0.0
+    out, mean, invstd, argmax = bn_relu_max_pool.bn_relu_max_pool(x, *bn, *windows, **named)
+    assert last(out) == 3
+    assert argmax[-1, -1, -1, -1] == 0
+    tensors = out, x, argmax
+    bn_relu_max_pool.bn_relu_max_pool_backward_sums(*tensors, mean, *windows, **named)
+    grad_x = bn_relu_max_pool.bn_relu_max_pool_backward_apply(
+        *(*tensors, one, mean, invstd, True, torch.zeros(2, CHANNELS)), *windows, **named
+    )
+    assert last(grad_x) == 3  # from the last window, of which no other pixel is the maximum
 
 
 @every_conv

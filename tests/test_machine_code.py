@@ -1,4 +1,4 @@
-"""The machine code of the elementwise CUDA kernels: bn_relu and add_relu."""
+"""The machine code of the CUDA kernels without a product: add_relu, bn_relu, bn_relu_max_pool."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Kernel(NamedTuple):
 
     arch: str
     name: str
+    dtype: str
     vectors: bool  # 16 bytes per access, not one element
     arguments: tuple[str, ...]  # template arguments behind dtype and layout
 
@@ -34,8 +35,11 @@ class Kernel(NamedTuple):
         name, template = match.groups()
         width = re.search(r"Li(\d)E", template)
         assert width is not None, mangled
-        arguments = re.findall(r"AddRelu|ReluMask|(?<=8ResidualE)\d|(?<=L)b\d", template)
-        return cls(arch, name, width[1] != "1", tuple(arguments))
+        dtype = re.search(r"BFloat16|Half|f", template)
+        assert dtype is not None, mangled
+        names = "AddRelu|ReluMask|KnownWindows|AnyWindows"
+        arguments = re.findall(rf"{names}|(?<=8ResidualE)\d|(?<=L)b\d", template)
+        return cls(arch, name, dtype[0], width[1] != "1", tuple(arguments))
 
 
 class Accesses(NamedTuple):
@@ -64,6 +68,14 @@ EXPECTED: dict[tuple[str, tuple[str, ...]], Accesses] = {
     ("gradients_kernel", ("0",)): Accesses(4, 2),
     ("gradients_kernel", ("1",)): Accesses(4, 4),
     ("gradients_kernel", ("2",)): Accesses(6, 4, resident_blocks=1),
+    # Taps of a window, until there are no more: of a stem's two rows.
+    ("max_pool_kernel", ("KnownWindows",)): Accesses(6, 1),
+    ("max_pool_kernel", ("AnyWindows",)): Accesses(4, 1),
+    ("pooled_sums_kernel", ("KnownWindows",)): Accesses(1, 0, resident_blocks=3),
+    ("pooled_sums_kernel", ("AnyWindows",)): Accesses(1, 0, resident_blocks=3),
+    # All outputs that a pixel can be, and x.
+    ("pooled_gradients_kernel", ("KnownWindows",)): Accesses(5, 1),
+    ("pooled_gradients_kernel", ("AnyWindows",)): Accesses(3, 1),
 }
 LAYOUTS = {"elementwise_kernel": 1}  # else channels_last and NCHW
 DTYPES = 3
@@ -82,6 +94,7 @@ def functions() -> Functions:
 def test_every_kernel_is_there_for_every_promised_architecture(functions: Functions) -> None:
     assert {kernel.arch for kernel in functions} == machine_code.promised_archs()
     assert {(kernel.name, kernel.arguments) for kernel in functions} == EXPECTED.keys()
+    assert {kernel.dtype for kernel in functions} == {"f", "Half", "BFloat16"}
 
 
 def test_activations_move_16_bytes_at_a_time(functions: Functions) -> None:

@@ -29,7 +29,13 @@ import ahead_of_time
 from ahead_of_time import AMPERE, BLACKWELL, CAPABILITIES, HOPPER, MULTIPROCESSORS, Code
 
 from resnet_fused.layout import mask_shape
-from resnet_fused.triton_kernels import add_relu, bn_relu, bn_relu_backward, device
+from resnet_fused.triton_kernels import (
+    add_relu,
+    bn_relu,
+    bn_relu_backward,
+    bn_relu_max_pool,
+    device,
+)
 from resnet_fused.triton_kernels.activations import Spread
 
 ACCESS_BYTES = 16  # the widest there is
@@ -258,3 +264,50 @@ def test_add_relu_moves_16_bytes_at_a_time(
 def both_directions(x: Tensor) -> None:
     add_relu.add_relu(x, x)
     add_relu.add_relu_backward(x, x)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [(each, torch.bfloat16) for each in CAPABILITIES] + [(HOPPER, torch.float32)],
+    ids=ahead_of_time.case_id,
+)
+def test_pooling_moves_16_bytes_at_a_time(capability: tuple[int, int], dtype: torch.dtype) -> None:
+    """A vector of channels and its bytes of argmax; x alone is gathered one by one by the sums."""
+    layer = Layer((256, 64, 112, 112), torch.channels_last)
+    codes = ahead_of_time.kernels(capability, functools.partial(stem, layer, dtype))
+    assert [code.name for code in codes if code.spills] == []
+    found = {code.name: code for code in codes}
+    channels = ACCESS_BYTES // dtype.itemsize
+    argmax, one_by_one = Counter({channels: 1}), Counter({dtype.itemsize: channels})
+    vector = Counter({ACCESS_BYTES: 1})
+    # In a loop: a row of taps; an element of the output; the outputs that a pixel can be.
+    expected = {
+        "_max_pool_kernel": (times(3, vector), vector + argmax),
+        "_sums_kernel": (vector + argmax + one_by_one, Counter()),
+        "_gradients_kernel": (times(4, vector + argmax) + vector, vector),
+    }
+    for name, (loads, stores) in expected.items():
+        outermost = max(found[name].loops_with("LDG"), key=len)
+        assert ahead_of_time.accesses(outermost, "LDG") == loads, name
+        assert ahead_of_time.accesses(outermost, "STG") == stores, name
+    architecture = device.of_capability(capability, MULTIPROCESSORS[capability])
+    spreads = bn_relu_max_pool.configurations(dtype, architecture)[0]
+    assert found["_sums_kernel"].blocks_by_registers >= spreads.sums.programs
+
+
+def times(number: int, counts: Counter[int]) -> Counter[int]:
+    return Counter({key: number * count for key, count in counts.items()})
+
+
+def stem(layer: Layer, dtype: torch.dtype) -> None:
+    """Forward and backward of what stands behind the first convolution of a ResNet."""
+    x = layer.untouched(dtype)
+    windows = (3, 3), (2, 2), (1, 1)
+    out, mean, invstd, argmax = bn_relu_max_pool.bn_relu_max_pool(
+        *(x, *vectors(x, 4), True, 0.1, 1e-5), *windows
+    )
+    tensors = out, x, argmax
+    averages = bn_relu_max_pool.bn_relu_max_pool_backward_sums(*tensors, mean, *windows)
+    bn_relu_max_pool.bn_relu_max_pool_backward_apply(
+        *(*tensors, *vectors(x, 1), mean, invstd, True, averages), *windows
+    )

@@ -279,16 +279,20 @@ struct LaunchShape {
       while (lanes < groups && lanes < static_cast<unsigned>(spread.max_lanes)) lanes *= 2;
     }
     block = dim3(lanes, kThreads / lanes);
-    extent.tiles = ceil_div(extent.rows, static_cast<int64_t>(block.y) * spread.unroll);
-    const int64_t columns =
-        activation.channels_last ? ceil_div(groups, static_cast<int64_t>(lanes)) : groups;
+    grid.x = static_cast<unsigned>(
+        activation.channels_last ? ceil_div(groups, static_cast<int64_t>(lanes)) : groups);
+    set_tiles(ceil_div(extent.rows, static_cast<int64_t>(block.y) * spread.unroll), spread, device);
+  }
+
+  // Spreads the tiles of one channel; for kernels that do not take theirs from rows.
+  void set_tiles(int64_t tiles, const Spread& spread, int device) {
+    extent.tiles = tiles;
     const int64_t blocks =
         static_cast<int64_t>(multiprocessor_count(device)) * spread.resident_blocks * spread.waves;
     // Rounded down: a block more than a wave takes would be a second wave.
-    const int64_t splits = std::min({blocks / std::max<int64_t>(columns, 1),
-                                     ceil_div(extent.tiles, spread.min_tiles), int64_t{65535}});
-    grid =
-        dim3(static_cast<unsigned>(columns), static_cast<unsigned>(std::max<int64_t>(splits, 1)));
+    const int64_t splits = std::min(
+        {blocks / std::max<int64_t>(grid.x, 1), ceil_div(tiles, spread.min_tiles), int64_t{65535}});
+    grid.y = static_cast<unsigned>(std::max<int64_t>(splits, 1));
   }
 
   unsigned splits() const { return grid.y; }

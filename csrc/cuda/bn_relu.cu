@@ -11,6 +11,7 @@
 #include "cuda/conv_operands.h"
 #include "cuda/moments.h"
 #include "cuda/reduction.h"
+#include "cuda/statistics.h"
 
 namespace resnet_fused {
 namespace {
@@ -137,20 +138,6 @@ struct ApplyArguments {
   bool relu;
 };
 
-template <int kChannels>
-__device__ inline void write_statistics(const BatchNorm& bn, int64_t first, float* mean,
-                                        float* invstd) {
-  if (mean == nullptr) return;
-  float means[kChannels], invstds[kChannels];
-  bn.mean.get(first, 0.0f, means);
-  bn.get_invstd(first, invstds);
-#pragma unroll
-  for (int k = 0; k < kChannels; ++k) {
-    store(mean + first + k, means[k]);
-    store(invstd + first + k, invstds[k]);
-  }
-}
-
 // Bits of one vector, put into the byte that neighbouring threads share with it. All threads call.
 template <int kWidth>
 __device__ inline void store_mask(uint8_t* mask, int64_t byte, int shift, unsigned bits,
@@ -213,20 +200,6 @@ __global__ void __launch_bounds__(kThreads,
 }
 
 // ---- Launchers ----
-
-// One batch norm as the operator is given it; `prefix` goes before the names in messages.
-struct BatchNormTensors {
-  const char* prefix;
-  const OptionalTensor &weight, &bias, &running_mean, &running_var;
-  bool training;
-  double momentum, eps;
-};
-
-// What statistics_kernel needs and gives for one branch.
-struct Statistics {
-  Tensor mean, invstd;
-  BatchNorm bn;
-};
 
 Statistics check_branch(const char* op, const Tensor& x, const BatchNormTensors& bn) {
   const std::string prefix = bn.prefix;
@@ -367,14 +340,10 @@ ForwardResult bn_relu_cuda(const Tensor& x, const OptionalTensor& weight,
   a.mask = save_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
   a.bn = own.bn;
   a.residual_bn = other.bn;
-  if (!training) {
-    a.mean = static_cast<float*>(own.mean.mutable_data_ptr());
-    a.invstd = static_cast<float*>(own.invstd.mutable_data_ptr());
-  }
-  if (residual_bn && !residual_training) {
-    a.residual_mean = static_cast<float*>(other.mean.mutable_data_ptr());
-    a.residual_invstd = static_cast<float*>(other.invstd.mutable_data_ptr());
-  }
+  a.mean = own.unwritten(own.mean);
+  a.invstd = own.unwritten(own.invstd);
+  a.residual_mean = other.unwritten(other.mean);
+  a.residual_invstd = other.unwritten(other.invstd);
   a.relu = relu;
   const Residual kind = residual_bn ? Residual::kBatchNorm
                         : residual  ? Residual::kPlain
@@ -419,6 +388,16 @@ Tensor bn_relu_apply_cuda(const Tensor& x, const OptionalTensor& weight, const O
 }
 
 }  // namespace
+
+Statistics normalisation(const char* op, const Tensor& x, const BatchNormTensors& bn) {
+  const Statistics result = check_branch(op, x, bn);
+  if (bn.training) {
+    StatisticsBranch branch = branch_of(x, bn, result);
+    const Activation activation(x, address(x.const_data_ptr()));
+    launch_statistics(op, x, activation, &branch, 1, current_stream(x));
+  }
+  return result;
+}
 
 Tensor scale_shift_relu(const char* op, const Tensor& x, const Tensor& scale, const Tensor& shift) {
   Tensor out = allocate_like(x);

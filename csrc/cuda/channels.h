@@ -76,6 +76,21 @@ struct BatchNorm {
   }
 };
 
+// For neighbouring channels: what a batch norm normalises by, where there is room to keep it.
+template <int kChannels>
+__device__ inline void write_statistics(const BatchNorm& bn, int64_t first, float* mean,
+                                        float* invstd) {
+  if (mean == nullptr) return;
+  float means[kChannels], invstds[kChannels];
+  bn.mean.get(first, 0.0f, means);
+  bn.get_invstd(first, invstds);
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) {
+    store(mean + first + k, means[k]);
+    store(invstd + first + k, invstds[k]);
+  }
+}
+
 // The largest number that rounds to zero in T: a ReLU's output is positive above it.
 template <class T>
 constexpr float kRoundsToZero = 0;

@@ -147,11 +147,18 @@ class Plan(NamedTuple):
         return self.grid[1]
 
 
-def plan(spread: Spread, x: Tensor, *others: Tensor | None) -> Plan:
-    """x, others: all activations of a kernel, dense and in one memory format."""
+def plan(
+    spread: Spread, x: Tensor, *others: Tensor | None, channels_last: bool | None = None
+) -> Plan:
+    """x, others: all activations of a kernel, dense and in one memory format.
+
+    channels_last: that format, where `others` are of other shapes; x may lie in both at once.
+    """
+    if channels_last is None:
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
     return _plan(
         x.shape,
-        x.is_contiguous(memory_format=torch.channels_last),
+        channels_last,
         x.element_size(),
         all(t is None or t.data_ptr() % _ACCESS_BYTES == 0 for t in (x, *others)),
         spread,

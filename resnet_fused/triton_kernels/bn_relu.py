@@ -39,7 +39,7 @@ def configurations(
 
 
 @triton.jit
-def _statistics(mean_ptr, spread_ptr, eps, saved_mean_ptr, saved_invstd_ptr, channels, inside):
+def used_statistics(mean_ptr, spread_ptr, eps, saved_mean_ptr, saved_invstd_ptr, channels, inside):
     """Mean and invstd. The spread is a variance where there is room to save both, else invstd."""
     mean = activations.load_vector(mean_ptr, channels, inside, 0.0)
     spread = activations.load_vector(spread_ptr, channels, inside, 0.0)
@@ -89,13 +89,13 @@ def _apply_kernel(
     run = run_units * UNIT
     own = activations.own_channels(CHANNELS_LAST, BLOCK_COLUMNS)
     inside = own < channels
-    mean, invstd = _statistics(
+    mean, invstd = used_statistics(
         mean_ptr, spread_ptr, eps, saved_mean_ptr, saved_invstd_ptr, own, inside
     )
     scale = invstd * activations.load_vector(weight_ptr, own, inside, 1.0)
     bias = activations.load_vector(bias_ptr, own, inside, 0.0)
     if residual_mean_ptr is not None:
-        residual_mean, residual_invstd = _statistics(
+        residual_mean, residual_invstd = used_statistics(
             *(residual_mean_ptr, residual_spread_ptr, residual_eps),
             *(residual_saved_mean_ptr, residual_saved_invstd_ptr, own, inside),
         )
@@ -156,15 +156,15 @@ def bn_relu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`reference.bn_relu`; at most three launches, and two more for a residual_bn in training."""
     spreads = configuration or _static_choice(x, residual)
-    own = _BatchNorm(weight, bias, running_mean, running_var, training, momentum, eps)
-    mean, invstd, bn = _normalisation(x, own, spreads.statistics)
+    own = BatchNorm(weight, bias, running_mean, running_var, training, momentum, eps)
+    mean, invstd, bn = normalisation(x, own, spreads.statistics)
     residual_mean, residual_invstd, other = mean.new_empty(0), mean.new_empty(0), _NO_BATCH_NORM
     if residual is not None and residual_bn:
-        of_residual = _BatchNorm(
+        of_residual = BatchNorm(
             *(residual_weight, residual_bias, residual_running_mean, residual_running_var),
             *(residual_training, residual_momentum, residual_eps),
         )
-        residual_mean, residual_invstd, other = _normalisation(
+        residual_mean, residual_invstd, other = normalisation(
             residual, of_residual, spreads.statistics
         )
     mask = x.new_empty(mask_shape(x) if save_mask else (0,), dtype=torch.uint8)
@@ -192,7 +192,7 @@ def _static_choice(x: Tensor, residual: Tensor | None) -> Configuration:
     return configurations(residual is not None, x.dtype, device.architecture(x))[0]
 
 
-class _BatchNorm(NamedTuple):
+class BatchNorm(NamedTuple):
     """One batch norm, as the operator is given it."""
 
     weight: Tensor | None
@@ -204,8 +204,8 @@ class _BatchNorm(NamedTuple):
     eps: float
 
 
-def _normalisation(
-    x: Tensor, bn: _BatchNorm, spread: Spread
+def normalisation(
+    x: Tensor, bn: BatchNorm, spread: Spread
 ) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     """Mean, invstd, and what `_apply_kernel` is told of one batch norm.
 

@@ -51,7 +51,7 @@ def configurations(
 
 
 @triton.jit
-def _affine(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, inside):
+def affine(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channels, inside):
     """Mean, invstd, scale and bias of one batch norm."""
     invstd = activations.load_vector(invstd_ptr, channels, inside, 0.0)
     return (
@@ -152,10 +152,10 @@ def _reduction_kernel(
     run = run_units * UNIT
     own = activations.own_channels(CHANNELS_LAST, BLOCK_COLUMNS)
     inside = own < channels
-    mean, _, scale, bias = _affine(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, own, inside)
+    mean, _, scale, bias = affine(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, own, inside)
     residual_mean, residual_scale = mean, scale
     if residual_ptr is not None:
-        residual_mean, _, residual_scale, residual_bias = _affine(
+        residual_mean, _, residual_scale, residual_bias = affine(
             *(residual_mean_ptr, residual_invstd_ptr, residual_weight_ptr, residual_bias_ptr),
             *(own, inside),
         )
@@ -273,7 +273,7 @@ def _finalize_kernel(
 
 
 @triton.jit
-def _gradient(dy, xc, scale, mean_dy, slope):
+def gradient(dy, xc, scale, mean_dy, slope):
     """The gradient of the input of one batch norm."""
     return tl.fma(-xc, slope[None, :], dy - mean_dy[None, :]) * scale[None, :]
 
@@ -317,10 +317,10 @@ def _gradients_kernel(
     run = run_units * UNIT
     own = activations.own_channels(CHANNELS_LAST, BLOCK_COLUMNS)
     inside = own < channels
-    mean, invstd, scale, bias = _affine(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, own, inside)
+    mean, invstd, scale, bias = affine(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, own, inside)
     residual_mean, residual_invstd, residual_scale = mean, invstd, scale
     if residual_ptr is not None:
-        residual_mean, residual_invstd, residual_scale, residual_bias = _affine(
+        residual_mean, residual_invstd, residual_scale, residual_bias = affine(
             *(residual_mean_ptr, residual_invstd_ptr, residual_weight_ptr, residual_bias_ptr),
             *(own, inside),
         )
@@ -337,12 +337,12 @@ def _gradients_kernel(
             *(mean, scale, bias, residual_mean, residual_scale, rows, run, channels),
             *(CHANNELS_LAST, BLOCK_ROWS, BLOCK_COLUMNS, SIGN),
         )
-        grad_x = _gradient(dy, xc, scale, mean_dy, slope)
+        grad_x = gradient(dy, xc, scale, mean_dy, slope)
         tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=exists)
         if grad_residual_ptr is not None:
             grad_residual = dy
             if residual_ptr is not None:
-                grad_residual = _gradient(dy, rc, residual_scale, residual_mean_dy, residual_slope)
+                grad_residual = gradient(dy, rc, residual_scale, residual_mean_dy, residual_slope)
             grad_residual = grad_residual.to(grad_residual_ptr.dtype.element_ty)
             tl.store(grad_residual_ptr + at, grad_residual, mask=exists)
 
