@@ -51,7 +51,7 @@ def conv_bn_relu(
         return None
     if torch.compiler.is_compiling() and group_of(bn) is not None:
         return None  # messages to other processes are not traced
-    return _pair_forward(x, (conv, bn), residual, relu, reuse_residual)  # type: ignore[arg-type]
+    return pair_forward(x, (conv, bn), residual, relu, reuse_residual)  # type: ignore[arg-type]
 
 
 def conv_bn_relu_max_pool(
@@ -107,21 +107,21 @@ def residual_forward(
     *first, last = main
     z = x
     for pair in first:
-        z = _pair_forward(z, pair)
+        z = pair_forward(z, pair)
     if downsample is None:
-        return _pair_forward(z, last, x)
+        return pair_forward(z, last, x)
     if projection is None:
-        return _pair_forward(z, last, downsample(x))
+        return pair_forward(z, last, downsample(x))
     if not _share_statistics(last[1], projection[1]):
-        return _pair_forward(z, last, _pair_forward(x, projection, relu=False))
+        return pair_forward(z, last, pair_forward(x, projection, relu=False))
     if not _folds(x) or is_live(last[1]) or is_live(projection[1]):
         y, y_shortcut = _convolve(z, last[0]), _convolve(x, projection[0])
         return normalization.bn_relu(
             *(y, batch_norm_args(last[1]), group_of(last[1])),
             *(y_shortcut, batch_norm_args(projection[1]), group_of(projection[1])),
         )
-    shortcut = _pair_forward(x, projection, relu=False)
-    return _pair_forward(z, last, shortcut, reuse_residual=True)
+    shortcut = pair_forward(x, projection, relu=False)
+    return pair_forward(z, last, shortcut, reuse_residual=True)
 
 
 def _share_statistics(bn: BatchNorm, other: BatchNorm) -> bool:
@@ -161,7 +161,7 @@ def is_live(bn: BatchNorm) -> bool:
     )
 
 
-def _pair_forward(
+def pair_forward(
     x: Tensor,
     pair: Pair,
     residual: Tensor | None = None,
@@ -219,7 +219,7 @@ def _trained_forward(
     device_type = x.device.type
     residual = None
     if projection is not None and not _share_statistics(pairs[-1][1], projection[1]):
-        residual = _pair_forward(x, projection, relu=False)
+        residual = pair_forward(x, projection, relu=False)
         projection = None
     elif downsample is not None and projection is None:
         residual = downsample(x)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from resnet_fused.nn import normalization
 from resnet_fused.nn.block_parts import Convolution, Geometry
-from resnet_fused.nn.blocks import applies, conv_bn_relu, is_live
+from resnet_fused.nn.blocks import applies, is_live, pair_forward
 from resnet_fused.nn.pairs import (
     BatchNorm,
     batch_norm_args,
@@ -52,9 +52,10 @@ def preactivation_forward(
             return None  # messages to other processes are not traced
     elif _is_one_node(x, norms, convs, downsample):  # type: ignore[arg-type]
         return _trained_forward(x, norms, convs, downsample)  # type: ignore[arg-type]
-    z = h = cast(Tensor, bn_relu(x, norms[0]))
-    for conv, bn in zip(convs, norms[1:], strict=False):
-        h = cast(Tensor, conv_bn_relu(h, conv, bn))
+    first, *others = norms
+    z = h = normalization.bn_relu(x, batch_norm_args(first), group_of(first))  # type: ignore[arg-type]
+    for pair in zip(convs, others, strict=False):
+        h = pair_forward(h, pair)  # type: ignore[arg-type]
     out: Tensor = convs[-1](h)
     out += x if downsample is None else downsample(z)
     return out
