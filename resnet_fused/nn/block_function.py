@@ -116,7 +116,7 @@ class _ResidualBlock(torch.autograd.Function):
 
 
 def _for_backward(implementation: ModuleType, grad_out: Tensor) -> ModuleType:
-    """vmap over gradients, as in vectorised Jacobians, needs operators that it can batch."""
+    """Vectorised Jacobians map the backward over gradients: that needs operators to map."""
     functorch = torch._C._functorch
     is_batched = functorch.is_legacy_batchedtensor(grad_out) or (
         functorch.is_functorch_wrapped_tensor(grad_out)
