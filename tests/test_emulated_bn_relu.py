@@ -376,12 +376,19 @@ def test_what_rounds_to_zero_has_no_gradient(emulated: Any, dtype: torch.dtype) 
         assert torch.equal(grad_bias, (outputs[0] > 0).sum((0, 2, 3)).float())
 
 
+def without_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for operator in (*cuda_convolutions.OPERATORS, *cuda_chains.OPERATORS):
+        monkeypatch.delitem(backends._IMPLEMENTATIONS[operator], emulated_backend.NAME)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("downsample", [False, True])
 @pytest.mark.parametrize("block_class", [BasicBlock, Bottleneck])
 def test_blocks_run_on_these_kernels(
-    block_class: type[Any], downsample: bool, training: bool
+    block_class: type[Any], downsample: bool, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where the convolutions are PyTorch's."""
+    without_convolutions(monkeypatch)
     planes = 16
     channels = planes if downsample else planes * block_class.expansion
     shortcut = torch.nn.Sequential(
@@ -416,8 +423,7 @@ def test_inference_is_one_pass_after_each_convolution(
     downsample: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the convolutions are PyTorch's, as on a GPU as long as nothing else is asked for."""
-    for operator in (*cuda_convolutions.OPERATORS, *cuda_chains.OPERATORS):
-        monkeypatch.delitem(backends._IMPLEMENTATIONS[operator], emulated_backend.NAME)
+    without_convolutions(monkeypatch)
     assert kernels_of_inference(downsample) == ["apply_kernel"] * 3
 
 

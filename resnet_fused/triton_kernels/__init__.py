@@ -14,7 +14,8 @@ import torch
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PARTNERS = re.compile(r"(_backward|_sums|_apply|_)$")  # operators in the file of another
+# Operators that live in the file of another.
+_PARTNERS = re.compile(r"(_backward|_backward_sums|_backward_apply|_apply|_)$")
 
 
 def launcher(operator: str) -> Callable[..., Any]:

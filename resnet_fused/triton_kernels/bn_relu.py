@@ -11,9 +11,19 @@ from torch import Tensor
 from resnet_fused.layout import mask_shape
 from resnet_fused.triton_kernels import activations, bn_statistics, device, tiles
 from resnet_fused.triton_kernels.activations import Spread
-from resnet_fused.triton_kernels.bn_relu_backward import bn_relu_backward
+from resnet_fused.triton_kernels.bn_relu_backward import (
+    bn_relu_backward,
+    bn_relu_backward_apply,
+    bn_relu_backward_sums,
+)
 
-__all__ = ["bn_relu", "bn_relu_apply", "bn_relu_backward"]
+__all__ = [
+    "bn_relu",
+    "bn_relu_apply",
+    "bn_relu_backward",
+    "bn_relu_backward_apply",
+    "bn_relu_backward_sums",
+]
 
 _NO_BATCH_NORM: tuple[Any, ...] = (None, None, 0.0, None, None, None, None)
 
