@@ -37,6 +37,7 @@ ON_GPU = "of these on the GPU"
 BENCHMARKS = {
     "bench_add_relu.py": ("eager,compile,cudnn,cuda,triton", "forward,backward"),
     "bench_bn_relu.py": ("eager,compile,cudnn,cuda,triton", "forward,backward"),
+    "bench_bn_relu_max_pool.py": ("eager,compile,cudnn,cuda,triton", "forward,backward"),
     "bench_conv_bn_relu.py": ("eager,compile_max_autotune,cudnn,cuda,triton", "forward"),
     "bench_chains.py": (
         "eager,compile,layers_cudnn,layers_triton,layers_cuda,cuda",

@@ -73,9 +73,10 @@ def rows_of(out: Path, benchmark: str) -> list[dict[str, str]]:
 OPERATOR = ("--model", "resnet20", "--size", "16", "--batch", "2", "--seconds", "0", "--limit", "1")
 
 
-@pytest.mark.parametrize("operator", ["add_relu", "bn_relu", "conv_bn_relu"])
+@pytest.mark.parametrize("operator", ["add_relu", "bn_relu", "bn_relu_max_pool", "conv_bn_relu"])
 def test_operator_benchmark(operator: str, run: Callable[..., Done], tmp_path: Path) -> None:
-    done = run(f"bench_{operator}.py", *OPERATOR, "--providers", "fused")
+    model = "resnet18" if operator == "bn_relu_max_pool" else "resnet20"
+    done = run(f"bench_{operator}.py", *OPERATOR, "--model", model, "--providers", "fused")
     assert done.status == 0, done.out + done.err
     rows = rows_of(tmp_path, operator)
     assert {row["provider"] for row in rows} == {"eager", "fused"}
@@ -151,7 +152,7 @@ def conv_cases() -> list[Case]:
     geometry = (2, 2), (1, 1), (1, 1)
     strided = ConvShape((2, 8, 9, 7), (12, 8, 3, 3), *geometry, 1)
     grouped = ConvShape((2, 8, 9, 7), (12, 2, 3, 3), *geometry, 4)
-    shapes = Shapes([strided, grouped], [], [])
+    shapes = Shapes([strided, grouped], [], [], [])
     return list(cases(shapes, torch.float32, torch.device("cpu"), ("conv_bn_relu",)))
 
 
@@ -246,7 +247,7 @@ def test_only_cases_of_the_network_are_timed() -> None:
         shapes = layer_shapes(networks.build_pair("resnet50").eager, torch.empty(2, 3, 64, 64))
     assert [shape[1] for shape in shapes.sums] == [256, 512, 1024, 2048]
     assert set(shapes.sums) <= set(shapes.activations)
-    small = Shapes([], [(2, 3, 4, 4), (2, 5, 4, 4)], [(2, 5, 4, 4)])
+    small = Shapes([], [(2, 3, 4, 4), (2, 5, 4, 4)], [(2, 5, 4, 4)], [])
     found = cases(small, torch.float32, torch.device("cpu"), ("bn_relu", "add_relu"))
     timed = [case for case in found if operators._occurs(case, small)]
     with_residual = [case.label for case in timed if "residual" in case.tensors]
@@ -255,7 +256,7 @@ def test_only_cases_of_the_network_are_timed() -> None:
     assert all(label.startswith("2x5x4x4") for label in with_residual)
 
 
-SMALL = Shapes([], [(2, 64, 24, 20)], [(2, 64, 24, 20)])
+SMALL = Shapes([], [(2, 64, 24, 20)], [(2, 64, 24, 20)], [])
 
 
 def bn_cases(device: str) -> list[Case]:

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from resnet_fused import ops
 from resnet_fused.commands.console import CommandError
 from resnet_fused.commands.numerics import Check, Subject, check
+from resnet_fused.nn.pairs import pair_of
 
 EPS = 1e-5
 MOMENTUM = 0.1
-OPERATORS = ("conv_bn_relu", "bn_relu", "add_relu")
+OPERATORS = ("conv_bn_relu", "bn_relu", "bn_relu_max_pool", "add_relu")
 
 
 class ConvShape(NamedTuple):
@@ -27,6 +28,15 @@ class ConvShape(NamedTuple):
     groups: int
 
 
+class PoolShape(NamedTuple):
+    """A pooling as it occurs in a network: input shape and windows."""
+
+    x: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+
+
 class Shapes(NamedTuple):
     """The distinct shapes of a network's layers, in the order of the forward pass.
 
@@ -36,6 +46,7 @@ class Shapes(NamedTuple):
     convolutions: list[ConvShape]
     activations: list[tuple[int, ...]]
     sums: list[tuple[int, ...]]
+    poolings: list[PoolShape]
 
 
 class Case(NamedTuple):
@@ -63,6 +74,7 @@ def layer_shapes(model: nn.Module, images: Tensor) -> Shapes:
     convolutions: dict[ConvShape, None] = {}
     activations: dict[tuple[int, ...], None] = {}
     sums: dict[tuple[int, ...], None] = {}
+    poolings: dict[PoolShape, None] = {}
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if hasattr(module, "downsample"):
@@ -78,13 +90,17 @@ def layer_shapes(model: nn.Module, images: Tensor) -> Shapes:
                 module.groups,
             )
             convolutions[shape] = None
+        elif isinstance(module, nn.MaxPool2d):
+            sizes = module.kernel_size, module.stride, module.padding
+            poolings[PoolShape(tuple(inputs[0].shape), *map(pair_of, sizes))] = None
         else:
             activations[tuple(output.shape)] = None
 
     hooks = [
         module.register_forward_hook(record)
         for module in model.modules()
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d) or hasattr(module, "downsample")
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d)
+        or hasattr(module, "downsample")
     ]
     try:
         with torch.no_grad():
@@ -92,7 +108,7 @@ def layer_shapes(model: nn.Module, images: Tensor) -> Shapes:
     finally:
         for hook in hooks:
             hook.remove()
-    return Shapes(list(convolutions), list(activations), list(sums))
+    return Shapes(list(convolutions), list(activations), list(sums), list(poolings))
 
 
 def _explicit(padding: str | tuple[int, ...]) -> tuple[int, ...]:
@@ -122,6 +138,8 @@ def cases(
         if "add_relu" in operators:
             tensors = {"x": random(*shape), "residual": random(*shape)}
             yield Case("add_relu", _label(shape), ops.add_relu, torch.add, tensors)
+    for pooling in shapes.poolings if "bn_relu_max_pool" in operators else ():
+        yield from _pool_cases(pooling, random)
 
 
 def run_case(case: Case, dtype: torch.dtype) -> list[Check]:
@@ -199,19 +217,22 @@ def _conv_cases(conv: ConvShape, random: Callable[..., Tensor]) -> Iterator[Case
     yield Case("conv_bn_relu", label + ", residual", fused, plain, with_residual)
 
 
+def _normalised(shape: tuple[int, ...], random: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """x, and the tensors of its batch norm."""
+    return {"x": random(*shape) * 2 + 1, **_batch_norm_tensors(shape[1], random)}
+
+
+def _batch_norm_tensors(channels: int, random: Callable[..., Tensor]) -> dict[str, Tensor]:
+    weight, bias, mean = (random(channels, dtype=torch.float32) for _ in range(3))
+    running = {"running_mean": mean, "running_var": 1 + mean.abs()}
+    return {"weight": 1 + 0.1 * weight, "bias": bias, **running}
+
+
 def _bn_cases(shape: tuple[int, ...], random: Callable[..., Tensor]) -> Iterator[Case]:
-    channels = shape[1]
-
-    def batch_norm() -> list[Tensor]:
-        weight, bias, mean = (random(channels, dtype=torch.float32) for _ in range(3))
-        return [1 + 0.1 * weight, bias, mean, 1 + mean.abs()]
-
-    names = ["x", "weight", "bias", "running_mean", "running_var"]
-    own = [random(*shape) * 2 + 1, *batch_norm()]
-    plain = dict(zip(names, own, strict=True))
+    plain = _normalised(shape, random)
     residual = {**plain, "residual": random(*shape)}
-    other_names = [f"residual_{name}" for name in names[1:]]
-    dual = {**residual, **dict(zip(other_names, batch_norm(), strict=True))}
+    other = _batch_norm_tensors(shape[1], random)
+    dual = {**residual, **{f"residual_{name}": tensor for name, tensor in other.items()}}
     variants = [("", plain), (", residual", residual), (", residual with batch norm", dual)]
     for training in (True, False):
         for suffix, tensors in variants:
@@ -220,6 +241,23 @@ def _bn_cases(shape: tuple[int, ...], random: Callable[..., Tensor]) -> Iterator
             yield Case(
                 "bn_relu", label, _fused_bn(training), _plain_bn(training), tensors, statistics
             )
+
+
+def _pool_cases(pooling: PoolShape, random: Callable[..., Tensor]) -> Iterator[Case]:
+    x_shape, kernel_size, stride, padding = pooling
+    tensors = _normalised(x_shape, random)
+    running = ("running_mean", "running_var")
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        bn = weight, bias, mean, var, True, MOMENTUM, EPS
+        return ops.bn_relu_max_pool(x, *bn, kernel_size, stride, padding)
+
+    def plain(x: Tensor, *bn: Tensor) -> Tensor:
+        # The ReLU behind the pooling leaves the same numbers as in front of it.
+        return F.max_pool2d(_batch_norm(x, bn, training=True), kernel_size, stride, padding)
+
+    label = f"{_label(x_shape)}, training, {_label(kernel_size)}/{_label(stride)}"
+    yield Case("bn_relu_max_pool", label, fused, plain, tensors, running)
 
 
 def _fused_bn(training: bool) -> Callable[..., Tensor]:
