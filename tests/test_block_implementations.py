@@ -208,8 +208,3 @@ def assert_as_accurate_as_eager(
         )
         rounding = torch.finfo(dtype).eps * size
         assert error <= 2 * eager_error + rounding, f"{key}: {error=:.2e} {eager_error=:.2e}"
-
-
-def test_modes_have_names() -> None:
-    with pytest.raises(ValueError, match="training_mode: must be one of speed, memory, got 'fast'"):
-        rf.fuse(BasicBlock(16, 16), training_mode="fast")

@@ -28,7 +28,7 @@ import resnet_fused
 from resnet_fused import models
 from resnet_fused.conversion import explain, fuse, unfuse
 from resnet_fused.conversion.swap import FusedBlock
-from resnet_fused.nn import BasicBlock
+from resnet_fused.nn import BasicBlock, TrainingMode
 
 X = images(3, 8, 9, 7)
 NATIVE = X.contiguous(memory_format=torch.channels_last)
@@ -361,6 +361,39 @@ def test_unfuse_of_what_is_not_fused() -> None:
     model = nn.Sequential(nn.Linear(2, 2), models.resnet20())
     back = unfuse(model)
     assert [type(m) for m in back.modules()] == [type(m) for m in model.modules()]
+
+
+def modes(model: nn.Module) -> list[TrainingMode]:
+    kinds = FusedBlock | BasicBlock
+    return [block.training_mode for block in model.modules() if isinstance(block, kinds)]
+
+
+@pytest.mark.parametrize("mode", TrainingMode)
+def test_training_mode(mode: TrainingMode) -> None:
+    """Of every fused block, by name or itself; kept by copies, and by fusing again without one."""
+    model = nn.Sequential(*Pair(), BasicBlock(16, 16))
+    assert modes(fuse(model)) == [TrainingMode.SPEED] * 3
+    fused = fuse(model, training_mode=mode)
+    assert modes(fused) == [mode] * 3
+    for same in (
+        *(fuse(model, training_mode=mode.value), fuse(fused), copy.deepcopy(fused)),
+        pickle.loads(pickle.dumps(fused)),  # noqa: S301
+    ):
+        assert modes(same) == [mode] * 3
+    assert modes(model) == [TrainingMode.SPEED]  # of this library's own block
+    back = unfuse(fused)
+    assert [vars(block).keys() for block in back[:2]] == [vars(b).keys() for b in model[:2]]
+
+
+def test_unknown_training_mode() -> None:
+    with pytest.raises(ValueError, match="training_mode: must be one of speed, memory, got 'fast'"):
+        fuse(Pair(), training_mode="fast")
+
+
+def test_a_training_mode_of_the_original_stays() -> None:
+    block = Basic(8, 8, 1)
+    block.training_mode = "hard"
+    assert unfuse(fuse(block)).training_mode == "hard"
 
 
 def test_methods_and_attributes_of_the_original_stay() -> None:

@@ -147,7 +147,8 @@ def swap_out(module: nn.Module) -> None:
     """Give the module its original class back."""
     plan = plan_of(module)
     if plan is not None:
-        vars(module).pop("training_mode", None)
+        if isinstance(vars(module).get("training_mode"), TrainingMode):
+            del module.training_mode
         module.__class__ = plan.original
 
 
