@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ NEEDS = {
 
 @needs_extension
 @pytest.mark.parametrize("needs", NEEDS)
-@pytest.mark.parametrize("name", ["basic_projection", "basic_zero_pad"])
+@pytest.mark.parametrize("name", ["basic_projection", "basic_zero_pad", "bottleneck"])
 @pytest.mark.parametrize("implementation", IN_FLOAT64, ids=lambda m: m.__name__.rpartition(".")[2])
 def test_what_needs_a_gradient(implementation: ModuleType, name: str, needs: str) -> None:
     backend, layout = IN_FLOAT64[implementation]
@@ -164,6 +165,34 @@ def test_what_needs_a_gradient(implementation: ModuleType, name: str, needs: str
     assert actual.keys() == expected.keys()
     for key, tensor in expected.items():
         torch.testing.assert_close(actual[key], tensor, rtol=1e-10, atol=1e-10, msg=key)
+
+
+def test_batch_norm_is_part_of_the_convolutions_that_read_each_value_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In front of a larger kernel it is a pass of its own, forward and backward."""
+    fused: dict[str, list[bool]] = {name: [] for name in ("conv_stats", "conv_wgrad", "conv_dgrad")}
+    for name, position in (("conv_stats", 2), ("conv_wgrad", 3), ("conv_dgrad", 4)):
+        original = getattr(block_operators, name)
+
+        def record(
+            *arguments: Any,
+            name: str = name,
+            at: int = position,
+            original: Any = original,
+            **named: Any,
+        ) -> Any:
+            fused[name].append(arguments[at] is not None)
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(block_operators, name, record)
+    block = make("bottleneck", TrainingMode.SPEED)
+    with rf.backend("reference"):
+        train(block, block, x_for(block, 0, torch.channels_last).float().requires_grad_())
+    assert fused["conv_stats"] == [False, False, True]  # conv1, conv2, conv3
+    assert fused["conv_wgrad"] == [True, False, False]  # conv3, conv2, conv1
+    # Of the batch norms behind them: the last has a residual, the middle one a 3x3 convolution.
+    assert fused["conv_dgrad"] == [False, False, True]
 
 
 @pytest.mark.parametrize("mode", TrainingMode)
