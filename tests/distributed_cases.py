@@ -106,12 +106,16 @@ def train_block(
     """One forward and backward of a part of the batch; gradients of parameters are sums over it."""
     x = x[part].clone().requires_grad_()
     out = run(x)
-    seed = torch.Generator().manual_seed(1)
-    grad = torch.randn(TOTAL, *out.shape[1:], generator=seed, dtype=out.dtype)[part]
-    out.backward(grad)
+    out.backward(gradient_of(out)[part])
     parameters = {f"grad {name}": p.grad for name, p in block.named_parameters()}
     buffers = {f"buffer {name}": b.clone() for name, b in block.named_buffers()}
     return {"out": out.detach(), "grad_x": x.grad, **parameters, **buffers}
+
+
+def gradient_of(out: Tensor) -> Tensor:
+    """The gradient of the output of the whole batch, of a part of which the shape is given."""
+    seed = torch.Generator().manual_seed(1)
+    return torch.randn(TOTAL, *out.shape[1:], generator=seed, dtype=out.dtype)
 
 
 def part_of(rank: int, sizes: list[int]) -> slice:
@@ -135,6 +139,8 @@ class BlockCase(NamedTuple):
             for module in block.modules():
                 if isinstance(module, nn.SyncBatchNorm):
                     module.momentum = options["momentum"]
+        for name in options.get("frozen", ()):
+            block.get_submodule(name).eval()
         x = block_input(block)
         if options.get("layout") == "channels_last":
             x = x.contiguous(memory_format=torch.channels_last)
@@ -331,6 +337,9 @@ BLOCK_CASES: dict[str, BlockCase] = {
     "operators-memory": BlockCase(
         "bottleneck_projection", options=(("backend", "reference"), ("mode", "memory"))
     ),
+    # Batch norms in evaluation see nobody's batch.
+    "frozen_middle": BlockCase("bottleneck_projection", options=(("frozen", ("bn2",)),)),
+    "frozen_end": BlockCase("bottleneck_projection", options=(("frozen", ("downsample.1",)),)),
     "cumulative": BlockCase("basic", options=(("momentum", None),)),
     "no_grad": BlockCase("bottleneck_projection", options=(("no_grad", True),)),
 }

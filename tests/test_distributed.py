@@ -77,6 +77,8 @@ def expected_of_block(case: cases.BlockCase) -> cases.Results:
         for module in block.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None
+    for name in dict(case.options).get("frozen", ()):
+        block.get_submodule(name).eval()
 
     def unfused(x: Tensor) -> Tensor:
         if isinstance(block, rf.nn.ConvBnReLU2d):
@@ -135,15 +137,20 @@ def test_a_projection_may_have_statistics_of_its_own(runs: Runs) -> None:
     """The main branch sees the whole batch, the shortcut that of its process."""
     sizes = cases.shares("even", 2)
     block = cases.make_block("local_projection", nn.BatchNorm2d)
-    x = cases.block_input(block)
+    x = cases.block_input(block).requires_grad_()
     y = x
     for conv, bn in block._pairs()[:2]:
         y = torch.relu(bn(conv(y)))
     main = block.bn3(block.conv3(y))
     shortcuts = [block.downsample(part) for part in x.split(sizes)]
     expected = torch.relu(main + torch.cat(shortcuts))
-    actual = torch.cat([results["out"] for results in runs.of(2, "local_projection")])
-    assert_close(actual, expected.detach(), "out")
+    expected.backward(cases.gradient_of(expected))
+    found = runs.of(2, "local_projection")
+    assert_close(torch.cat([results["out"] for results in found]), expected.detach(), "out")
+    assert_close(torch.cat([results["grad_x"] for results in found]), x.grad, "grad_x")
+    for name, parameter in block.named_parameters():
+        total = sum(results[f"grad {name}"] for results in found)
+        assert_close(total, parameter.grad, f"grad {name}")
 
 
 @pytest.mark.parametrize("case", ["ddp", "fsdp"])
