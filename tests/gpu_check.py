@@ -59,7 +59,7 @@ class Outcome(NamedTuple):
 
     def __str__(self) -> str:
         word = {True: "passed", False: "FAILED", None: "skipped"}[self.passed]
-        return f"{self.step:<22} {word:<8} {self.text}".rstrip()
+        return f"{self.step:<24} {word:<8} {self.text}".rstrip()
 
 
 class Setting(NamedTuple):

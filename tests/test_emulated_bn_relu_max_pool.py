@@ -449,6 +449,8 @@ def test_without_a_mistake_all_is_right(mutants: Any, right: list[tuple[Tensor, 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mistakes_are_found(mutants: Any, right: list[tuple[Tensor, ...]], name: str) -> None:
+    if emulation.SANITIZE and name == "vectors at any channel":
+        pytest.skip("it reads behind a tensor, where AddressSanitizer ends the process")
     mutants.make_mistake(1 + list(MUTANTS).index(name))
     found = how_found(mutants, right)
     assert any(part in found for part in MUTANTS[name].found.split("|")), found

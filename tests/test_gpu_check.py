@@ -70,7 +70,7 @@ def test_all_parts(programs: Programs, summary: Callable[..., tuple[int, list[st
     assert [line.split("  ")[0] for line in lines] == [
         "tests", "sanitizer memcheck", "sanitizer racecheck", "sanitizer initcheck",
         "sanitizer synccheck", "bench_add_relu", "bench_bn_relu",
-        "bench_conv_bn_relu", "bench_chains",
+        "bench_bn_relu_max_pool", "bench_conv_bn_relu", "bench_chains",
     ]  # fmt: skip
     assert all(" passed " in line for line in lines)
     assert "2 passed, 1 of these on the GPU" in lines[0]

@@ -314,7 +314,7 @@ def test_errors_that_are_seen_in_a_few_steps(damage: str) -> None:
 
 
 FREE_DAMAGE: dict[str, tuple[Damage, int, str]] = {
-    "shortcut_gradients": (scale_shortcuts(*IDENTITIES, factor=0.9), WINDOW, "window 0"),
+    "shortcut_gradients": (scale_shortcuts(*IDENTITIES, factor=0.5), WINDOW, "window 0"),
     "no_statistics": (set_norms("", momentum=0.0), STEPS, "accuracy"),
 }
 
