@@ -566,6 +566,8 @@ def check_device(arguments: argparse.Namespace) -> None:
         )
     if device.type == "cpu" and arguments.sync_bn and arguments.eager:
         raise UsageError("--sync-bn must be left out with --eager on CPUs: eager's needs GPUs")
+    if device.type == "cpu" and arguments.sync_bn and arguments.compile:
+        raise UsageError("--sync-bn must be left out with --compile on CPUs: layers run as eager's")
 
 
 def number(above: float = -math.inf, below: float = math.inf) -> Callable[[str], float]:

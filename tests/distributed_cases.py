@@ -36,6 +36,7 @@ def shares(kind: str, world: int) -> list[int]:
         "even": [TOTAL // world] * world,
         "uneven": {2: [5, 7], 4: [1, 5, 4, 2]}[world],
         "empty": {2: [0, 12], 4: [3, 0, 9, 0]}[world],
+        "nobody": [0] * world,
     }[kind]
 
 
@@ -337,6 +338,10 @@ BLOCK_CASES: dict[str, BlockCase] = {
     "operators-memory": BlockCase(
         "bottleneck_projection", options=(("backend", "reference"), ("mode", "memory"))
     ),
+    # Nobody has images: nothing moves.
+    "nobody": BlockCase("bottleneck_projection", "nobody"),
+    "operators-nobody": BlockCase("bottleneck", "nobody", options=(("backend", "reference"),)),
+    "stem-nobody": BlockCase("stem", "nobody"),
     # Batch norms in evaluation see nobody's batch.
     "frozen_middle": BlockCase("bottleneck_projection", options=(("frozen", ("bn2",)),)),
     "frozen_end": BlockCase("bottleneck_projection", options=(("frozen", ("downsample.1",)),)),
@@ -372,7 +377,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     for name, case in all_cases(folder).items():
         try:
             results[name] = case(rank, world)
-        except Exception:
+        except Exception:  # the test shows it, with the number of the process
             results[name] = traceback.format_exc()
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -638,8 +638,9 @@ def test_synchronised_norms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     network = train.build_network("resnet20", 10, sync_bn=True)
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert {type(norm) for norm in norms} == {nn.SyncBatchNorm}
-    line = refusal(capsys, *DIGITS, "--sync-bn", "--eager", "--device", "cpu", "--out", tmp_path)
-    assert "--sync-bn must be left out with --eager on CPUs" in line
+    for other in ("--eager", "--compile"):
+        line = refusal(capsys, *DIGITS, "--sync-bn", other, "--device", "cpu", "--out", tmp_path)
+        assert f"--sync-bn must be left out with {other} on CPUs" in line
 
 
 # --- data ----------------------------------------------------------------------------------------

@@ -97,8 +97,9 @@ class Saved(NamedTuple):
     """What a backward starts from.
 
     out: the forward's result where its sign says where the last ReLU passed; else it is `mask`, or
-    both are None and it is recomputed, with a projection. is_identity: the residual is x. needed:
-    whether x, and whether each convolution's weight needs its gradient, the projection's last.
+    both are None and it is recomputed, with a projection. is_identity: the residual is x.
+    needs_x, needs_weight: whether x, and whether each convolution's weight needs its gradient, the
+    projection's last.
     """
 
     grad_out: Tensor
@@ -162,13 +163,8 @@ def last_normalisation(saved: Saved) -> tuple[Tensor, ...]:
     )
     if projection is None:
         return normalise_backward(arguments, last.plan.group)
-    arguments = arguments._replace(
-        residual=projection.y,
-        residual_bn=True,
-        residual_weight=projection.bn_weight,
-        residual_bias=projection.bn_bias,
-        residual_mean=projection.mean,
-        residual_invstd=projection.invstd,
-        residual_training=projection.plan.training,
+    arguments = arguments.with_residual_norm(
+        *(cast(Tensor, projection.y), projection.bn_weight, projection.bn_bias),
+        *(projection.mean, projection.invstd, projection.plan.training),
     )
     return normalise_backward(arguments, last.plan.group, projection.plan.group)

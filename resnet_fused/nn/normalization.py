@@ -51,6 +51,26 @@ class BackwardArguments(NamedTuple):
     residual_training: bool = False
     relu: bool = True
 
+    def with_residual_norm(
+        self,
+        residual: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        training: bool,
+    ) -> "BackwardArguments":
+        """The same of a residual with a batch norm of its own."""
+        return self._replace(
+            residual=residual,
+            residual_bn=True,
+            residual_weight=weight,
+            residual_bias=bias,
+            residual_mean=mean,
+            residual_invstd=invstd,
+            residual_training=training,
+        )
+
 
 def bn_relu(
     x: Tensor,
@@ -179,14 +199,10 @@ class _BnReLUOfGroups(torch.autograd.Function):
             relu=relu,
         )
         if residual_affine:
-            arguments = arguments._replace(
-                residual=residual,
-                residual_bn=True,
-                residual_weight=residual_affine[0],
-                residual_bias=residual_affine[1],
-                residual_mean=residual_mean,
-                residual_invstd=residual_invstd,
-                residual_training=norms[1][0],
+            residual_weight, residual_bias = residual_affine
+            arguments = arguments.with_residual_norm(
+                *(residual, residual_weight, residual_bias, residual_mean, residual_invstd),
+                training=norms[1][0],
             )
         grads = normalise_backward(arguments, *groups)
         # Of x, residual, then weight, bias and the running statistics of each batch norm.

@@ -88,23 +88,23 @@ def all_reduced(
 def settle(bn: BatchNormArgs, moments: Moments) -> BatchNormArgs:
     """`bn` as evaluation by these moments, which the running statistics move towards.
 
-    Raises ValueError on one value per channel, as every batch norm in training.
+    Moments of no values move nothing. Raises ValueError on one value per channel in this process,
+    as every batch norm in training; how many there are elsewhere is not waited for.
     """
-    count, mean, m2 = moments
-    if not isinstance(count, Tensor) and count == 0:  # of nothing: nothing moves
-        return BatchNormArgs(bn.weight, bn.bias, mean, m2, False, 0.0, bn.eps)
-    if not isinstance(count, Tensor) and count <= 1:
-        raise ValueError(
-            f"bn_relu: expected more than 1 value per channel when training, got {count}"
-        )
-    if isinstance(count, Tensor):
-        var, unbiased = m2 / count.clamp(min=1), m2 / (count - 1).clamp(min=1)
+    values, mean, m2 = moments
+    momentum: float | Tensor
+    if isinstance(values, Tensor):
+        var, unbiased = m2 / values.clamp(min=1), m2 / (values - 1).clamp(min=1)
+        momentum = bn.momentum * (values > 0).to(values.dtype)
+    elif values == 1:
+        raise ValueError("bn_relu: expected more than 1 value per channel when training, got 1")
     else:
-        var, unbiased = m2 / count, m2 / (count - 1)
+        var, unbiased = m2 / max(values, 1), m2 / max(values - 1, 1)
+        momentum = bn.momentum if values else 0.0
     with torch.no_grad():
         for running, value in ((bn.running_mean, mean), (bn.running_var, unbiased)):
             if running is not None:
-                running.mul_(1 - bn.momentum).add_(value.to(running.dtype), alpha=bn.momentum)
+                running.mul_(1 - momentum).add_(momentum * value)
     return BatchNormArgs(bn.weight, bn.bias, mean, var, False, 0.0, bn.eps)
 
 
