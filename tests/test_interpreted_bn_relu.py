@@ -47,7 +47,7 @@ FORMATS = ("channels_last", "nchw")
 KINDS = ("none", "plain", "dual")
 EPS = 1e-5
 # Around the borders of vectors, tiles and bytes of the mask; the last ones in many tiles.
-SHAPES = ((3, 5, 3, 3), (2, 12, 4, 5), (1, 33, 7, 3), (3, 20, 17, 11), (6, 3, 23, 16))
+SHAPES = ((3, 5, 3, 3), (2, 12, 4, 5), (1, 33, 7, 3), (3, 20, 17, 11), (7, 3, 23, 16))
 CASES = [(shape, dtype) for shape in SHAPES for dtype in DTYPES[: 3 if shape[2] == 4 else 1]]
 
 
@@ -60,11 +60,14 @@ class Given(NamedTuple):
     vectors: tuple[Tensor, ...]  # weight, bias, running mean and variance; those of the residual
 
     @staticmethod
-    def draw(shape: Sequence[int], dtype: torch.dtype, layout: str, offset: float = 0.5) -> Given:
+    def draw(
+        shape: Sequence[int], dtype: torch.dtype, layout: str, offset: float = 0.5, seed: int = 0
+    ) -> Given:
         x, residual, grad_out = (
-            LAYOUTS[layout][0]((normal(shape, i) + offset * (i < 2)).to(dtype)) for i in range(3)
+            LAYOUTS[layout][0]((normal(shape, seed + i) + offset * (i < 2)).to(dtype))
+            for i in range(3)
         )
-        vectors = [normal(shape[1:2], i).float() for i in range(3, 11)]
+        vectors = [normal(shape[1:2], seed + i).float() for i in range(3, 11)]
         vectors[3::4] = [v.abs() + 0.5 for v in vectors[3::4]]
         return Given(x, residual, grad_out, tuple(vectors))
 
@@ -246,17 +249,23 @@ def test_every_backward(layout: str, kind: str, training: str, sign: str) -> Non
 def test_backward_in_many_tiles(
     shape: tuple[int, ...], dtype: torch.dtype, layout: str, kind: str
 ) -> None:
-    given = Given.draw(shape, dtype, layout)
-    outputs = forward(reference.bn_relu, given, kind)
-    exact_outputs = {n: t.double() if t.is_floating_point() else t for n, t in outputs.items()}
-    sign = "mask" if kind == "plain" else "recomputed"
-    grads = backward(bn_relu_backward, given, kind, outputs, sign=sign, configuration=BACKWARD)
-    assert_accurate(
-        grads,
-        backward(reference.bn_relu_backward, given, kind, outputs, sign=sign),
-        backward(reference.bn_relu_backward, given.double(), kind, exact_outputs, sign=sign),
-    )
-    assert grads["x"].stride() == given.x.stride()
+    """As many draws as it takes to see 16 channels: of a few, plain PyTorch may round luckily."""
+    collected: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for seed in range(0, 100 * -(-16 // shape[1]), 100):
+        given = Given.draw(shape, dtype, layout, seed=seed)
+        outputs = forward(reference.bn_relu, given, kind)
+        exact_outputs = {n: t.double() if t.is_floating_point() else t for n, t in outputs.items()}
+        sign = "mask" if kind == "plain" else "recomputed"
+        grads = backward(bn_relu_backward, given, kind, outputs, sign=sign, configuration=BACKWARD)
+        plain = backward(reference.bn_relu_backward, given, kind, outputs, sign=sign)
+        exact = backward(reference.bn_relu_backward, given.double(), kind, exact_outputs, sign=sign)
+        assert grads["x"].stride() == given.x.stride()
+        for name, tensor in grads.items():
+            assert (tensor.dtype, tensor.shape) == (plain[name].dtype, exact[name].shape), name
+            collected.setdefault(name, []).append((tensor, plain[name], exact[name]))
+    for name, triples in collected.items():
+        of_all = (torch.cat([t.flatten() for t in each]) for each in zip(*triples, strict=True))
+        assert_as_accurate_as_eager(*of_all, name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
