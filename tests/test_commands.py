@@ -21,7 +21,14 @@ import resnet_fused
 from resnet_fused import _extension, backends, models
 from resnet_fused.__main__ import main
 from resnet_fused.commands import baselines, console, digits, doctor, networks, numerics, verify
-from resnet_fused.commands.cases import Case, cases, layer_shapes, run_case
+from resnet_fused.commands.cases import (
+    OPERATORS,
+    Case,
+    PoolShape,
+    cases,
+    layer_shapes,
+    run_case,
+)
 from resnet_fused.commands.chain_cases import Block, blocks, chain_cases
 from resnet_fused.commands.memory import saved_bytes
 from resnet_fused.commands.timing import interleave
@@ -353,9 +360,19 @@ def test_verify_takes_no_other_blocks() -> None:
 
 def test_verify_fails_on_a_wrong_operator(capsys: pytest.CaptureFixture[str]) -> None:
     shapes = layer_shapes(models.resnet20(), torch.randn(2, 3, 8, 8))
-    for case in cases(shapes, torch.float32, torch.device("cpu")):
+    pooling = PoolShape((2, 8, 9, 8), (3, 3), (2, 2), (1, 1))
+    found = list(cases(shapes._replace(poolings=[pooling]), torch.float32, torch.device("cpu")))
+    assert {case.operator for case in found} == set(OPERATORS)
+    for case in found:
+        assert all(c.passed for c in run_case(case, torch.float32)), case.label
         wrong = case._replace(fused=lambda *tensors, fused=case.fused: fused(*tensors) * (1 + 1e-4))
         assert not all(c.passed for c in run_case(wrong, torch.float32))
+
+
+def test_poolings_are_found() -> None:
+    with torch.device("meta"):
+        shapes = layer_shapes(models.resnet18(), torch.empty(2, 3, 32, 32))
+    assert shapes.poolings == [PoolShape((2, 64, 16, 16), (3, 3), (2, 2), (1, 1))]
 
 
 def test_verify_fails_on_a_wrong_model(
