@@ -126,6 +126,79 @@ class BottleneckCloned(nn.Module):
         return self.act3(x)
 
 
+class PreActivation(Basic):
+    """Batch norm and ReLU in front of each convolution, the sum out of place."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(self.relu(self.bn1(x)))
+        return self.conv2(self.relu(self.bn2(out))) + x
+
+
+class PreActivationProjected(Basic):
+    """The shortcut starts behind the first ReLU; it is added to in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(8)
+        self.downsample = nn.Conv2d(8, 16, 1, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = F.relu(self.bn1(x))
+        out = self.conv2(F.relu(self.bn2(self.conv1(z))))
+        out += self.downsample(z)
+        return out
+
+
+class Unit(nn.Module):
+    """Convolution, batch norm and activation as one module."""
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, relu: bool = True) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
+        self.normalization = nn.BatchNorm2d(planes)
+        self.activation = nn.ReLU() if relu else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.normalization(self.convolution(x)))
+
+
+class NestedUnits(nn.Module):
+    """A block whose layers stand in modules of its own, the shortcut's too."""
+
+    def __init__(self, inplanes: int = 8, planes: int = 16, stride: int = 2) -> None:
+        super().__init__()
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inplanes != planes:
+            self.shortcut = Unit(inplanes, planes, stride, relu=False)
+        self.layer = nn.Sequential(Unit(inplanes, planes, stride), Unit(planes, planes, relu=False))
+        self.activation = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x
+        x = self.layer(x)
+        residual = self.shortcut(residual)
+        x += residual
+        return self.activation(x)
+
+
+class ProjectionAsAttributes(Basic):
+    """Convolution and batch norm of the shortcut are children of the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.downsample = None
+        self.conv3 = nn.Conv2d(8, 16, 1, 2, bias=False)
+        self.bn3 = nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out)) + self.bn3(self.conv3(x))
+        return self.relu(out)
+
+
 PROVABLE: dict[str, Callable[[], nn.Module]] = {
     "basic": Basic,
     "basic_identity": lambda: Basic(8, 8, 1),
@@ -135,6 +208,11 @@ PROVABLE: dict[str, Callable[[], nn.Module]] = {
     "basic_empty_shortcut": BasicEmptyShortcut,
     "basic_option_a": BasicOptionA,
     "bottleneck_cloned": BottleneckCloned,
+    "pre_activation": PreActivation,
+    "pre_activation_projected": PreActivationProjected,
+    "nested_units": NestedUnits,
+    "nested_units_identity": lambda: NestedUnits(8, 8, 1),
+    "projection_as_attributes": ProjectionAsAttributes,
 }
 
 
@@ -153,15 +231,6 @@ class Scaled(Basic):
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         return self.relu(0.1 * out + self.downsample(x))
-
-
-class PreActivation(Basic):
-    def __init__(self) -> None:
-        super().__init__(8, 8, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(self.relu(self.bn1(x)))
-        return self.conv2(self.relu(self.bn2(out))) + x
 
 
 class NoLastRelu(Basic):
@@ -283,11 +352,10 @@ class OwnConv(nn.Conv2d):
 UNPROVABLE: dict[str, tuple[type[Basic], str]] = {
     "adds_into_input": (AddsIntoInput, "adds in place into the shortcut"),
     "scaled": (Scaled, "expected a batch norm, found mul"),
-    "pre_activation": (PreActivation, "expected the last ReLU, found add"),
     "no_last_relu": (NoLastRelu, "expected the last ReLU, found add"),
     "gelu": (Gelu, "expected the last ReLU, found relu (GELU)"),
     "squeeze_and_excitation": (Excited, "expected a batch norm, found mul"),
-    "drops_in_training": (DropsInTraining, "expected the residual add, found dropout"),
+    "drops_in_training": (DropsInTraining, "it differs between training and evaluation"),
     "returns_two": (ReturnsTwo, "does not return one tensor"),
     "counts": (Counts, "changes the attribute calls"),
     "records": (Records, "changes the attribute seen"),

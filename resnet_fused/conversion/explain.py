@@ -1,16 +1,19 @@
 """`explain`: what is fused in a model, what is not, and why."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from resnet_fused.conversion.program import Program
+from resnet_fused.conversion.roles import Roles
 from resnet_fused.conversion.links import Link, links
 from resnet_fused.conversion.survey import Finding, survey
 from resnet_fused.conversion.swap import plan_of
 from resnet_fused.conversion.traffic import Traffic, inference_traffic
 
-State = Literal["fused", "can be fused", "left alone"]
+State = Literal["fused", "fused in part", "can be fused", "can be fused in part", "left alone"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Row:
     path: str
     class_name: str
     state: State
+    pattern: str
     fused: bool
     reason: str
     bytes_before: int | None = None
@@ -87,6 +91,7 @@ class Explanation:
             "path": [row.path or "(model)" for row in self.rows],
             "class": [row.class_name for row in self.rows],
             "state": [row.state for row in self.rows],
+            "pattern": [row.pattern for row in self.rows],
         }
         if any(row.bytes_before is not None for row in self.rows):
             columns["MB unfused"] = [_megabytes(row.bytes_before) for row in self.rows]
@@ -121,21 +126,31 @@ def explain(model: nn.Module, example_input: Tensor | None = None) -> Explanatio
 
 def _row(finding: Finding, link: Link | None, traffic: Traffic | None) -> Row:
     state: State = "left alone"
+    is_part = finding.recipe is not None and bool(finding.reason)
     if finding.fused:
-        state = "fused"
-    elif finding.roles is not None:
-        state = "can be fused"
+        state = "fused in part" if is_part else "fused"
+    elif finding.recipe is not None:
+        state = "can be fused in part" if is_part else "can be fused"
     return Row(
         path=finding.path,
         class_name=_class_name(finding.module),
         state=state,
-        fused=state == "fused",
+        pattern=_pattern(finding.recipe),
+        fused=finding.fused,
         reason=finding.reason,
         bytes_before=traffic.before if traffic else None,
         bytes_after=traffic.after if traffic else None,
         chain=link.text if link else "",
         bytes_chained=traffic.chained if traffic else None,
     )
+
+
+def _pattern(recipe: Roles | Program | None) -> str:
+    """Its name, or the groups of layers with their numbers."""
+    if isinstance(recipe, Program):
+        counts = Counter(step.text for step in recipe.steps)
+        return ", ".join(f"{text} x{n}" if n > 1 else text for text, n in counts.items())
+    return "" if recipe is None else recipe.pattern
 
 
 def _class_name(module: nn.Module) -> str:

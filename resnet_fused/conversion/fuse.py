@@ -43,13 +43,13 @@ def fuse(
     model = _prepare(model, "fuse", inplace)
     findings = survey(model)
     for finding in findings:
-        if finding.roles is not None and not finding.fused:
-            swap_in(finding.module, finding.roles)
+        if finding.recipe is not None and not finding.fused:
+            swap_in(finding.module, finding.recipe, finding.attributes)
     for stage in stages(model, findings):
         swap_in_stage(stage)
     if mode is not None:
         set_training_mode(model, mode)
-    done = sum(finding.roles is not None for finding in findings)
+    done = sum(finding.recipe is not None for finding in findings)
     _log.info("fused %d of %d candidates in %s", done, len(findings), type(model).__name__)
     if not done:
         found = f"none of its {len(findings)} blocks" if findings else "no residual block"

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from resnet_fused.nn.batch_norm_act import has_plain_activation, is_batch_norm_act
 from resnet_fused.nn.frozen_batch_norm import is_frozen_batch_norm
 
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -20,9 +21,14 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) or is_frozen_batch_norm(module)
 
 
+def is_lazy(module: nn.Module) -> bool:
+    """Whether the module becomes one of another class at its first call."""
+    return isinstance(module, nn.modules.lazy.LazyModuleMixin)
+
+
 def why_not_conv(conv: nn.Module) -> str | None:
     """What stands against fusing this convolution, as the end of a sentence; None if nothing."""
-    if isinstance(conv, nn.modules.lazy.LazyModuleMixin):
+    if is_lazy(conv):
         return "is lazy and has not seen any input yet (run the model once, then fuse)"
     reason = _why_not_plain(conv, nn.Conv2d)
     if reason is not None:
@@ -36,11 +42,18 @@ def why_not_conv(conv: nn.Module) -> str | None:
 
 def why_not_norm(norm: nn.Module) -> str | None:
     """What stands against fusing this batch norm, as the end of a sentence; None if nothing."""
-    if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
+    if is_lazy(norm):
         return "is lazy and has not seen any input yet (run the model once, then fuse)"
+    if is_batch_norm_act(norm):
+        return _why_not_batch_norm_act(norm)
     if isinstance(norm, nn.SyncBatchNorm):
         return _why_not_plain(norm, nn.SyncBatchNorm)
     return _why_not_plain(norm, nn.BatchNorm2d if not is_frozen_batch_norm(norm) else type(norm))
+
+
+def norm_includes_relu(norm: nn.Module) -> bool:
+    """Whether the batch norm has a ReLU in it."""
+    return is_batch_norm_act(norm) and has_plain_activation(norm, relu=True)
 
 
 def hook_on(module: nn.Module) -> str | None:
@@ -58,6 +71,15 @@ _HOOKS = {
     "_backward_pre_hooks": "backward pre-hook",
     "_backward_hooks": "backward hook",
 }
+
+
+def _why_not_batch_norm_act(norm: nn.Module) -> str | None:
+    for part in norm.children():
+        if hook_on(part) is not None:
+            return f"has a hook on its {type(part).__name__}"
+    if not any(has_plain_activation(norm, relu) for relu in (True, False)):
+        return "has another activation than ReLU behind it"
+    return _why_not_plain(norm, type(norm))
 
 
 def _why_not_plain(module: nn.Module, cls: type[nn.Module]) -> str | None:

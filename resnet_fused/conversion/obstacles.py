@@ -1,10 +1,10 @@
-"""What stands against replacing the forward of a module whose data flow is proven."""
+"""What stands against leaving a layer of a module uncalled."""
 
 from collections import defaultdict
 
 from torch import nn
 
-from resnet_fused.conversion.layers import hook_on, why_not_conv, why_not_norm
+from resnet_fused.conversion.layers import hook_on, is_conv, is_norm, why_not_conv, why_not_norm
 from resnet_fused.conversion.roles import Roles
 
 
@@ -26,16 +26,22 @@ def obstacle(
     module: nn.Module, roles: Roles, registrations: Registrations, path: str
 ) -> str | None:
     """Why the module must keep its own forward, in words; None if nothing stands against it."""
-    for name in (*roles.convs, *roles.norms):
-        child = module.get_submodule(name)
-        reason = why_not_conv(child) if name in roles.convs else why_not_norm(child)
+    for name in (*roles.layers, *roles.bypassed):
+        place = f"{path}.{name}" if path else name
+        reason = why_not_layer(module.get_submodule(name), registrations, place)
         if reason is not None:
             return f"{name} {reason}"
-        others = registrations.others(child, f"{path}.{name}" if path else name)
-        if others:
-            return f"{name} is shared: it is also {others[0]}"
-    for name in (*roles.convs, *roles.norms, *roles.bypassed):
-        hook = hook_on(module.get_submodule(name))
-        if hook is not None:
-            return f"{name} has a {hook}, which would no longer run"
     return None
+
+
+def why_not_layer(module: nn.Module, registrations: Registrations, path: str) -> str | None:
+    """Why the module at `path` must be called as it is, as the end of a sentence; None if not."""
+    if is_conv(module) or is_norm(module):
+        reason = why_not_conv(module) if is_conv(module) else why_not_norm(module)
+        if reason is not None:
+            return reason
+        others = registrations.others(module, path)
+        if others:
+            return f"is shared: it is also {others[0]}"
+    hook = hook_on(module)
+    return None if hook is None else f"has a {hook}, which would no longer run"

@@ -1,138 +1,70 @@
 """Proof that a module's forward computes a known pattern, read off its traced data flow.
 
-The forward is traced with every child as one opaque call, in training and evaluation and with and
-without gradients. The graph must then consist of exactly the nodes of the pattern. What cannot be
-traced, or contains anything else, is not proven.
+The graph must consist of exactly the nodes of the pattern. What contains anything else is not
+proven.
 """
 
-import copy
-import itertools
-import operator
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import fx, nn
 
-from resnet_fused.conversion.layers import is_conv, is_norm
+from resnet_fused.conversion.effects import is_in_place_add
+from resnet_fused.conversion.groups import RELU, is_add, is_unary
+from resnet_fused.conversion.layers import is_conv, is_norm, norm_includes_relu
 from resnet_fused.conversion.roles import Roles
+from resnet_fused.conversion.tracing import NotProvenError, Trace
 
-_PREFIX = "module."  # of the traced module inside _OneArgument
-_ADD_IN_PLACE: set[object] = {operator.iadd, "add_"}
-_ADD: set[object] = {operator.add, torch.add, "add"} | _ADD_IN_PLACE
-_RELU: set[object] = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
 _CLONE: set[object] = {torch.clone, "clone"}
 _FLATTEN: set[object] = {torch.flatten, "flatten"}
+_STAGES_BACKWARD = ("fc", "flatten", "avgpool", "layer4", "layer3", "layer2", "layer1", "maxpool")
 
 
-class NotProvenError(Exception):
-    """The forward could not be shown to compute the pattern; the text says why."""
+def prove_block(trace: Trace, may_write: Callable[[str], bool]) -> Roles:
+    """The roles of a residual block's layers, whatever they are called.
 
-
-def prove_block(module: nn.Module) -> Roles:
-    """The roles of a BasicBlock's or Bottleneck's children, whatever they are called.
-
-    Raises NotProvenError.
+    may_write: whether the module at a path may change its input. Raises NotProvenError.
     """
-    return _prove(module, _read_block)
+    if _Graph(trace).adds_convolution():
+        roles = _read_preactivation_block(trace)
+    else:
+        roles = _read_block(_Graph(trace))
+    for name in roles.layers:
+        if roles.layers.count(name) > 1:
+            raise NotProvenError(f"it calls {name} more than once")
+    if roles.shortcut is not None and may_write(roles.shortcut):
+        raise NotProvenError(f"its shortcut {roles.shortcut} may change the input in place")
+    return roles
 
 
-def prove_network(module: nn.Module) -> Roles:
+def prove_network(trace: Trace) -> Roles:
     """The roles in a network of stem, pooling, four stages, pooling, classifier, as torchvision's.
 
     Raises NotProvenError.
     """
-    return _prove(module, _read_network)
-
-
-def _prove(module: nn.Module, read: Callable[["_Graph"], Roles]) -> Roles:
-    found = set()
-    for training, grad in itertools.product((True, False), repeat=2):
-        with torch.set_grad_enabled(grad):
-            found.add(read(_trace(module, training)))
-    if len(found) > 1:
-        raise NotProvenError("it differs between training and evaluation")
-    return found.pop()
-
-
-class _Proxy(fx.Proxy):
-    """Records `a += b` as what it is; fx itself records a + b."""
-
-    def __iadd__(self, other: object) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-
-class _Tracer(fx.Tracer):
-    """Children of the traced module are leaves; its own tensors show up as nodes."""
-
-    proxy_buffer_attributes = True
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._module = module
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m is not self._module
-
-
-class _OneArgument(nn.Module):
-    """Calls the forward with one positional argument (that call is proven) and without hooks."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> object:
-        return self.module.forward(x)
-
-
-def _trace(module: nn.Module, training: bool) -> "_Graph":
-    # The forward runs on a stand-in that shares the children, so that whatever it stores on itself
-    # is seen and does not end up in the user's model.
-    before = {**vars(module), "training": training}
-    stand_in = object.__new__(type(module))
-    vars(stand_in).update({name: _shallow_copy(value) for name, value in before.items()})
-    try:
-        graph = _Tracer(stand_in).trace(_OneArgument(stand_in))
-    except Exception as error:  # the forward is arbitrary code
-        text = str(error).strip().split("\n")[0]
-        raise NotProvenError(f"it cannot be traced ({type(error).__name__}: {text})") from error
-    after = vars(stand_in)
-    changed = [
-        name
-        for name in before.keys() | after.keys()
-        if name not in before or name not in after or not _same(before[name], after[name])
-    ]
-    if changed:
-        raise NotProvenError(f"it changes the attribute {min(changed)}")
-    return _Graph(graph, module)
-
-
-def _shallow_copy(value: object) -> object:
-    return copy.copy(value) if isinstance(value, dict | list | set) else value
-
-
-def _same(before: object, after: object) -> bool:
-    """Whether the value is the same object, or a container of the same objects."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        return _same([*before.keys(), *before.values()], [*after.keys(), *after.values()])
-    if isinstance(before, list | set) and isinstance(after, list | set):
-        return [id(item) for item in before] == [id(item) for item in after]
-    return before is after
+    graph = _Graph(trace)
+    node = graph.result
+    for name in _STAGES_BACKWARD:
+        node = graph.take_flatten(node) if name == "flatten" else graph.take_named(node, name)
+    node = graph.take_relu(node, "the stem's ReLU")
+    norm, node = graph.take_module(node, is_norm, "batch norm")
+    conv, node = graph.take_module(node, is_conv, "convolution")
+    if (conv, norm) != ("conv1", "bn1") or graph.skip(node) is not graph.x:
+        raise NotProvenError("its stem is not conv1, bn1 and ReLU on the input")
+    graph.check_all_taken()
+    return Roles("ResNet", (conv,), (norm,), graph.bypassed(), None)
 
 
 def _read_block(graph: "_Graph") -> Roles:
     node = graph.take_relu(graph.result, "the last ReLU")
-    main, shortcut = graph.take_add(node)
+    in_place = is_in_place_add(graph.skip(node))
+    main, shortcut, projection = graph.take_add(node)
     convs: list[str] = []
     norms: list[str] = []
     while True:
-        name, node = graph.take_child(main, is_norm, "batch norm")
+        name, node = graph.take_module(main, is_norm, "batch norm")
         norms.insert(0, name)
-        name, node = graph.take_child(node, is_conv, "convolution")
+        name, node = graph.take_module(node, is_conv, "convolution")
         convs.insert(0, name)
         if graph.skip(node) is graph.x:
             break
@@ -140,60 +72,99 @@ def _read_block(graph: "_Graph") -> Roles:
     pattern = {2: "BasicBlock", 3: "Bottleneck"}.get(len(convs))
     if pattern is None:
         raise NotProvenError(f"it has {len(convs)} convolutions in a row, not 2 or 3")
-    for name in (*convs, *norms):
-        if (*convs, *norms).count(name) > 1:
-            raise NotProvenError(f"it calls {name} more than once")
     graph.check_all_taken()
-    return Roles(pattern, tuple(convs), tuple(norms), graph.bypassed(), shortcut)
+    layers = tuple(convs), tuple(norms)
+    return Roles(pattern, *layers, graph.bypassed(), shortcut, projection, in_place)
 
 
-_STAGES_BACKWARD = ("fc", "flatten", "avgpool", "layer4", "layer3", "layer2", "layer1", "maxpool")
+def _read_preactivation_block(trace: Trace) -> Roles:
+    """Either branch may be the main one: both can begin with a convolution."""
+    try:
+        return _read_preactivation_branches(_Graph(trace), main_first=True)
+    except NotProvenError as error:
+        try:
+            return _read_preactivation_branches(_Graph(trace), main_first=False)
+        except NotProvenError:
+            raise error from None
 
 
-def _read_network(graph: "_Graph") -> Roles:
-    node = graph.result
-    for name in _STAGES_BACKWARD:
-        node = graph.take_flatten(node) if name == "flatten" else graph.take_named(node, name)
-    node = graph.take_relu(node, "the stem's ReLU")
-    norm, node = graph.take_child(node, is_norm, "batch norm")
-    conv, node = graph.take_child(node, is_conv, "convolution")
-    if (conv, norm) != ("conv1", "bn1") or graph.skip(node) is not graph.x:
-        raise NotProvenError("its stem is not conv1, bn1 and ReLU on the input")
+def _read_preactivation_branches(graph: "_Graph", main_first: bool) -> Roles:
+    result = graph.skip(graph.result)
+    main, other = graph.take_operands(result)[:: 1 if main_first else -1]
+    in_place = is_in_place_add(result)
+    if in_place and not main_first:
+        raise NotProvenError("it adds in place into the shortcut, which may be the input")
+    convs: list[str] = []
+    norms: list[str] = []
+    node = main
+    while True:
+        name, z = graph.take_module(node, is_conv, "convolution")
+        convs.insert(0, name)
+        z = graph.skip(z)
+        if graph.calls(z, norm_includes_relu):
+            name, node = graph.take_module(z, is_norm, "batch norm")
+        else:
+            node = graph.take_relu(z, f"the ReLU before {name}")
+            name, node = graph.take_module(node, is_norm, "batch norm")
+        norms.insert(0, name)
+        node = graph.skip(node)
+        if node is graph.x:
+            break
+    pattern = {2: "PreActBasicBlock", 3: "PreActBottleneck"}.get(len(convs))
+    if pattern is None:
+        raise NotProvenError(f"it has {len(convs)} convolutions in a row, not 2 or 3")
+    shortcut = None
+    if graph.skip(other) is not graph.x:
+        shortcut, source = graph.take_module(other, lambda _: True, "shortcut")
+        if graph.skip(source) is not z:
+            raise NotProvenError(f"its shortcut {shortcut} does not start behind the first ReLU")
     graph.check_all_taken()
-    return Roles("ResNet", (conv,), (norm,), graph.bypassed(), None)
+    layers = tuple(convs), tuple(norms)
+    return Roles(pattern, *layers, graph.bypassed(), shortcut, None, in_place)
 
 
 class _Graph:
     """A traced forward, taken apart from its result back to its input, node by node."""
 
-    def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
-        self._children = {k: child for k, child in module._modules.items() if child is not None}
-        self._nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    def __init__(self, trace: Trace) -> None:
+        self._module = trace.module
+        self._nodes = [n for n in trace.graph.nodes if n.op not in ("placeholder", "output")]
         self._taken: set[fx.Node] = set()
-        self._bypassed: set[str] = set()
-        self.x = next(node for node in graph.nodes if node.op == "placeholder")
-        result = next(node for node in graph.nodes if node.op == "output").args[0]
+        self._bypassed: set[str] = set(trace.inlined) - {""}
+        self.x = next(node for node in trace.graph.nodes if node.op == "placeholder")
+        result = next(node for node in trace.graph.nodes if node.op == "output").args[0]
         if not isinstance(result, fx.Node):
             raise NotProvenError("it does not return one tensor")
         self.result = result
 
+    def adds_convolution(self) -> bool:
+        """Whether a sum is returned as it is, and one of the two comes from a convolution."""
+        result = self.skip(self.result, take=False)
+        operands = result.all_input_nodes if is_add(result) else ()
+        return any(self.calls(self.skip(node, take=False), is_conv) for node in operands)
+
     def take_relu(self, node: fx.Node, which: str) -> fx.Node:
         """The input of the ReLU that makes `node`."""
         node = self.skip(node)
-        child = self._called_child(node)
-        if child is not None and type(self._children[child]) is nn.ReLU:
-            self._bypassed.add(child)
-        elif not (_calls(node, _RELU) and _is_unary(node, flag="inplace")):
+        if self.calls(node, lambda module: type(module) is nn.ReLU):
+            self._bypassed.add(str(node.target))
+        elif not (_calls(node, RELU) and is_unary(node, flag="inplace")):
             raise NotProvenError(f"expected {which}, found {self._describe(node)}")
         return self._take(node)
 
-    def take_add(self, node: fx.Node) -> tuple[fx.Node, str | None]:
-        """(main branch, child on the shortcut) of the addition that makes `node`."""
+    def take_operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """What is added to make `node`."""
         node = self.skip(node)
-        operands = [operand for operand in node.args if isinstance(operand, fx.Node)]
-        if not _calls(node, _ADD) or len(operands) != 2 or len(node.args) != 2 or node.kwargs:
+        if not is_add(node):
             raise NotProvenError(f"expected the residual add, found {self._describe(node)}")
-        self._take(node)
+        self._taken.add(node)
+        first, second = node.args
+        return first, second  # type: ignore[return-value]
+
+    def take_add(self, node: fx.Node) -> tuple[fx.Node, str | None, tuple[str, str] | None]:
+        """(main branch, module on the shortcut, projection) of the addition that makes `node`."""
+        node = self.skip(node)
+        operands = self.take_operands(node)
         shortcuts = [operand for operand in operands if self._is_shortcut(operand)]
         if len(shortcuts) != 1:
             found = " and ".join(self._describe(self.skip(operand)) for operand in operands)
@@ -202,25 +173,22 @@ class _Graph:
             )
         shortcut = shortcuts[0]
         main = operands[1] if operands[0] is shortcut else operands[0]
-        if node.target in _ADD_IN_PLACE and main is not operands[0]:
+        if is_in_place_add(node) and main is not operands[0]:
             raise NotProvenError("it adds in place into the shortcut, which may be the input")
-        child = self._called_child(shortcut)
-        self.skip(shortcut if child is None else self._take(shortcut))
-        return main, child
+        return main, *self._take_shortcut(shortcut)
 
-    def take_child(
+    def take_module(
         self, node: fx.Node, accept: Callable[[nn.Module], bool], what: str
     ) -> tuple[str, fx.Node]:
-        """(name, input) of the child call that makes `node`."""
+        """(path, input) of the module call that makes `node`."""
         node = self.skip(node)
-        name = self._called_child(node)
-        if name is None or not accept(self._children[name]):
+        if not self.calls(node, accept):
             raise NotProvenError(f"expected a {what}, found {self._describe(node)}")
-        return name, self._take(node)
+        return str(node.target), self._take(node)
 
     def take_named(self, node: fx.Node, name: str) -> fx.Node:
         """The input of the call of the child `name` that makes `node`."""
-        if self._called_child(node) != name:
+        if not self.calls(node, lambda _: True) or node.target != name:
             raise NotProvenError(f"expected {name}, found {self._describe(node)}")
         return self._take(node)
 
@@ -232,16 +200,21 @@ class _Graph:
         return self._take(node)
 
     def skip(self, node: fx.Node, take: bool = True) -> fx.Node:
-        """The node whose value `node` has: through Identity children and clones."""
+        """The node whose value `node` has: through Identity modules and clones."""
         while True:
-            child = self._called_child(node)
-            is_identity = child is not None and type(self._children[child]) is nn.Identity
-            if not is_identity and not (_calls(node, _CLONE) and _is_unary(node)):
+            is_identity = self.calls(node, lambda module: type(module) is nn.Identity)
+            if not is_identity and not (_calls(node, _CLONE) and is_unary(node)):
                 return node
             if take:
-                self._bypassed |= {child} if child is not None else set()
+                self._bypassed |= {str(node.target)} if is_identity else set()
                 self._taken.add(node)
             node = self._source(node)
+
+    def calls(self, node: fx.Node, accept: Callable[[nn.Module], bool]) -> bool:
+        """Whether `node` calls a module, of that kind, with one tensor."""
+        if node.op != "call_module" or not is_unary(node):
+            return False
+        return accept(self._module.get_submodule(str(node.target)))
 
     def check_all_taken(self) -> None:
         """Raise unless every node has been taken."""
@@ -250,7 +223,7 @@ class _Graph:
                 raise NotProvenError(f"it also computes {self._describe(node)}")
 
     def bypassed(self) -> tuple[str, ...]:
-        """The ReLU and Identity children that were met."""
+        """The ReLU and Identity modules that were met, and the modules around the layers."""
         return tuple(sorted(self._bypassed))
 
     def _take(self, node: fx.Node) -> fx.Node:
@@ -263,24 +236,40 @@ class _Graph:
         return node.args[0]
 
     def _is_shortcut(self, node: fx.Node) -> bool:
-        # A child that is called on the block's input, be it an Identity, counts as the shortcut.
-        if self._called_child(node) is not None:
+        node = self.skip(node, take=False)
+        if self._projection(node) is not None:
+            return True
+        if self.calls(node, lambda _: True):
             node = self._source(node)
         return self.skip(node, take=False) is self.x
 
-    def _called_child(self, node: fx.Node) -> str | None:
-        """The name of the direct child that `node` calls with one tensor, or None."""
-        name = str(node.target).removeprefix(_PREFIX)
-        is_call = node.op == "call_module" and name in self._children and _is_unary(node)
-        return name if is_call else None
+    def _take_shortcut(self, node: fx.Node) -> tuple[str | None, tuple[str, str] | None]:
+        node = self.skip(node)
+        projection = self._projection(node)
+        if projection is not None:
+            self.skip(self._take(self.skip(self._take(node))))
+            return None, projection
+        if node is self.x:
+            return None, None
+        self.skip(self._take(node))
+        return str(node.target), None
+
+    def _projection(self, node: fx.Node) -> tuple[str, str] | None:
+        """Convolution and batch norm that lead from the input to `node`."""
+        if not self.calls(node, is_norm):
+            return None
+        conv = self.skip(self._source(node), take=False)
+        if not self.calls(conv, is_conv):
+            return None
+        is_all = self.skip(self._source(conv), take=False) is self.x
+        return (str(conv.target), str(node.target)) if is_all else None
 
     def _describe(self, node: fx.Node) -> str:
         if node is self.x:
             return "the input"
-        name = str(node.target).removeprefix(_PREFIX)
+        name = str(node.target)
         if node.op == "call_module":
-            child = self._children.get(name)
-            return name if child is None else f"{name} ({type(child).__name__})"
+            return f"{name} ({type(self._module.get_submodule(name)).__name__})"
         if node.op == "get_attr":
             return f"the tensor {name}"
         return str(getattr(node.target, "__name__", name))
@@ -288,12 +277,3 @@ class _Graph:
 
 def _calls(node: fx.Node, functions: set[object]) -> bool:
     return node.op in ("call_function", "call_method") and node.target in functions
-
-
-def _is_unary(node: fx.Node, flag: str | None = None) -> bool:
-    """Whether `node` has one argument, a tensor, and at most the flag besides."""
-    rest = [*node.args[1:], *node.kwargs.values()]
-    if flag is not None:
-        rest = [value for value in rest if not isinstance(value, bool)]
-    only_flags = all(keyword == flag for keyword in node.kwargs)
-    return bool(node.args) and isinstance(node.args[0], fx.Node) and not rest and only_flags

@@ -1,75 +1,370 @@
-"""Every place in a model that looks like something this library runs, with the verdict on it."""
+"""Every place in a model that this library can run, or that looks like it, with the verdict on it."""
 
+import functools
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from resnet_fused.conversion.layers import is_conv, is_norm
-from resnet_fused.conversion.obstacles import Registrations, obstacle
-from resnet_fused.conversion.proof import NotProvenError, prove_block, prove_network
+from resnet_fused.conversion.effects import Effects, is_torch_layer
+from resnet_fused.conversion.groups import Group, find_groups, is_add
+from resnet_fused.conversion.layers import hook_on, is_conv, is_lazy, is_norm
+from resnet_fused.conversion.obstacles import Registrations, obstacle, why_not_layer
+from resnet_fused.conversion.program import Program, make_program
+from resnet_fused.conversion.proof import prove_block, prove_network
 from resnet_fused.conversion.roles import Roles
-from resnet_fused.conversion.swap import native_roles, plan_of
+from resnet_fused.conversion.swap import native_roles, parts_of, plan_of
+from resnet_fused.conversion.tracing import Attribute, NotProvenError, Trace, trace, trace_once
+from resnet_fused.nn.pairs import as_pair, is_plain_conv
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _BLOCK_NAMES = {"conv1", "bn1", "conv2", "bn2"}
 _NETWORK_NAMES = {
-    "conv1",
-    "bn1",
-    "maxpool",
-    "layer1",
-    "layer2",
-    "layer3",
-    "layer4",
-    "avgpool",
-    "fc",
+    *("conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc"),
 }
+_QUANTIZATION = (
+    torch.ao.nn.quantized.FloatFunctional,
+    torch.ao.quantization.QuantStub,
+    torch.ao.quantization.DeQuantStub,
+    torch.ao.quantization.ObserverBase,
+    torch.ao.quantization.FakeQuantizeBase,
+)
 
 
 class Finding(NamedTuple):
-    """A candidate. roles is None where it must be left alone, and then reason says why.
+    """A candidate. recipe is None where it must be left alone, and then reason says why.
 
-    fused: it runs fused as it stands, having been converted or being one of this library's own.
+    recipe: how to run it fused: Roles for a whole block or network, a Program for groups of layers.
+    With a Program, reason says why it is not more, "" if there is no more.
+    attributes: what the proof depends on. fused: it runs fused as it stands, having been converted
+    or being one of this library's own.
     """
 
     path: str
     module: nn.Module
-    roles: Roles | None
+    recipe: Roles | Program | None
     reason: str
     fused: bool
+    attributes: tuple[Attribute, ...] = ()
+
+    @property
+    def roles(self) -> Roles | None:
+        """The roles, where it is a whole block or network."""
+        return self.recipe if isinstance(self.recipe, Roles) else None
 
 
 def survey(model: nn.Module) -> list[Finding]:
-    """The verdict on every residual block and on every torchvision-like network, in model order."""
-    registrations = Registrations(model)
-    modules = dict(model.named_modules())
-    blocks = {path for path, module in modules.items() if _looks_like_block(module)}
-    # Something that contains blocks is no block, whatever its layers are called.
-    blocks -= {path for path in blocks if any(_is_inside(other, path) for other in blocks)}
-    findings = []
-    for path, module in modules.items():
-        if path in blocks or _looks_like_network(module):
-            findings.append(_judge(path, module, path in blocks, registrations))
-    return findings
+    """The findings in `model`, in its order. Nothing is changed."""
+    findings = _Survey(model).run()
+    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
+    return sorted(findings, key=lambda finding: order[finding.path])
 
 
-def _judge(path: str, module: nn.Module, is_block: bool, registrations: Registrations) -> Finding:
-    if isinstance(module, torch.jit.ScriptModule):
-        return Finding(path, module, None, "it is a TorchScript module", fused=False)
-    if "forward" in vars(module):
-        return Finding(path, module, None, "the instance has its own forward", fused=False)
-    plan = plan_of(module)
-    roles = native_roles(module) if plan is None else plan.roles
-    is_fused = roles is not None
-    try:
-        if roles is None:
-            roles = prove_block(module) if is_block else prove_network(module)
-    except NotProvenError as error:
-        return Finding(path, module, None, f"its forward is not a known one: {error}", fused=False)
-    reason = obstacle(module, roles, registrations, path)
-    if reason is not None:
-        return Finding(path, module, None, reason, fused=False)
-    return Finding(path, module, roles, "", is_fused)
+class _Survey:
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = dict(model.named_modules())
+        self._registrations = Registrations(model)
+        blocks = {path for path, module in self._modules.items() if _looks_like_block(module)}
+        # Something that contains blocks is no block, whatever its layers are called.
+        blocks -= {path for path in blocks if any(_is_inside(other, path) for other in blocks)}
+        self._candidates = blocks | {p for p, m in self._modules.items() if _looks_like_network(m)}
+        self._verdicts: dict[str, Finding] = {}
+        self._traces: dict[str, Trace | NotProvenError] = {}
+        self._findings: list[Finding] = []
+
+    def run(self) -> list[Finding]:
+        for path in reversed(self._modules):
+            self._judge(path)
+        self._visit("")
+        return self._findings
+
+    def _judge(self, path: str) -> None:
+        """Note the verdict on the module as a whole block or network, if there is one."""
+        module = self._modules[path]
+        verdict = functools.partial(Finding, path, module)
+        if isinstance(module, torch.jit.ScriptModule):
+            self._refuse(path, "it is a TorchScript module")
+            return
+        plan = plan_of(module)
+        if plan is not None and plan.original is nn.Sequential and isinstance(plan.recipe, Roles):
+            return  # a stage: what is in it counts
+        native = native_roles(module) if plan is None else None
+        if plan is not None or native is not None:
+            recipe = native if plan is None else plan.recipe
+            reason = None
+            if isinstance(recipe, Roles):
+                reason = obstacle(module, recipe, self._registrations, path)
+            attributes = () if plan is None else plan.proof.attributes
+            if reason is None:
+                rest = recipe.rest if isinstance(recipe, Program) else ""
+                self._verdicts[path] = verdict(recipe, rest, True, attributes)
+            else:
+                self._verdicts[path] = verdict(None, reason, False)
+            return
+        if type(module) is nn.Module or isinstance(module, fx.GraphModule):
+            self._refuse(path, "a torch.fx graph calls its layers (fuse the model before tracing)")
+            return
+        if not self._is_worth_tracing(path):
+            return
+        if "forward" in vars(module):
+            self._refuse(path, "the instance has its own forward")
+            return
+        found = self._trace_of(path)
+        if isinstance(found, NotProvenError):
+            self._refuse(path, f"its forward is not a known one: {found}")
+            return
+        if path not in self._candidates and not any(map(is_add, found.graph.nodes)):
+            return
+        try:
+            roles, attributes = self._prove(path, found)
+        except NotProvenError as error:
+            self._refuse(path, f"its forward is not a known one: {error}")
+            return
+        reason = obstacle(module, roles, self._registrations, path)
+        if reason is None:
+            self._verdicts[path] = verdict(roles, "", False, attributes)
+        else:
+            self._refuse(path, reason)
+
+    def _refuse(self, path: str, reason: str) -> None:
+        if path in self._candidates:
+            self._verdicts[path] = Finding(path, self._modules[path], None, reason, fused=False)
+
+    def _prove(self, path: str, found: Trace) -> tuple[Roles, tuple[Attribute, ...]]:
+        if _looks_like_network(self._modules[path]):
+            return prove_network(found), found.attributes
+        may_write = functools.partial(self._may_write, path)
+        first: NotProvenError | None = None
+        try:
+            roles = prove_block(found, may_write)
+            if roles.shortcut is None or _is_part(self._modules[path], roles):
+                return roles, found.attributes
+        except NotProvenError as error:
+            first = error
+        # Layers may stand in modules of the block: their forwards are part of its own then.
+        try:
+            inside = self._trace_inside(path)
+            deep = prove_block(inside, may_write)
+        except NotProvenError:
+            if first is not None:
+                raise first from None
+            return roles, found.attributes
+        return deep, inside.attributes
+
+    def _visit(self, path: str) -> None:
+        """Find what can be fused in the module at `path` and below."""
+        module, verdict = self._modules.get(path), self._verdicts.get(path)
+        if module is None:  # registered in two places: visited at the other
+            return
+        if any(isinstance(child, _QUANTIZATION) for child in module.children()):
+            self._leave_alone(path, "it is made for quantization")
+            return
+        if verdict is not None and (verdict.recipe is not None or verdict.fused):
+            self._findings.append(verdict)
+            self._visit_rest(path, verdict.recipe)
+            return
+        made = self._program(path)
+        if made is not None:
+            program, attributes = made
+            finding = Finding(path, module, program, program.rest, False, attributes)
+            self._findings.append(finding)
+            self._visit_rest(path, program)
+            return
+        if verdict is not None:
+            self._findings.append(verdict)
+        if isinstance(module, torch.jit.ScriptModule):
+            return
+        for name, _ in module.named_children():
+            self._visit(_join(path, name))
+
+    def _visit_rest(self, path: str, recipe: Roles | Program | None) -> None:
+        """Visit the modules that a recipe calls as they are."""
+        module = self._modules[path]
+        if isinstance(recipe, Roles) and recipe.pattern != "ResNet":
+            if recipe.shortcut is not None and not _is_part(module, recipe):
+                self._visit(_join(path, recipe.shortcut))
+            return
+        opened = {"", *(recipe.bypassed if recipe is not None else ())}
+        for inner in opened:
+            for name, _ in module.get_submodule(inner).named_children():
+                child = f"{inner}.{name}" if inner else name
+                if child not in opened:
+                    self._visit(_join(path, child))
+
+    def _leave_alone(self, path: str, reason: str) -> None:
+        for other in self._candidates:
+            if other == path or _is_inside(other, path):
+                module = self._modules[other]
+                self._findings.append(Finding(other, module, None, reason, fused=False))
+
+    def _program(self, path: str) -> tuple[Program, tuple[Attribute, ...]] | None:
+        """The forward of the module with the groups of layers fused that no module below has."""
+        if not self._is_worth_tracing(path) or isinstance(self._trace_of(path), NotProvenError):
+            return None
+        module = self._modules[path]
+        if "forward" in vars(module) or any(map(is_lazy, module.modules())):
+            return None
+        try:
+            everything = self._inlinable(path)
+            groups = self._groups(path, self._open(path, everything, once=True))
+            inlined = _needed(groups)
+            if inlined is None:
+                return None
+            found = self._open(path, inlined - {""})
+            groups = self._groups(path, found)
+        except NotProvenError:
+            return None
+        if not groups:
+            return None
+        verdict = self._verdicts.get(path)
+        rest = "" if verdict is None else verdict.reason
+        return make_program(found, groups, rest), found.attributes
+
+    def _groups(self, path: str, found: Trace) -> list[Group]:
+        def may_fuse(inner: str) -> bool:
+            module, place = found.module.get_submodule(inner), _join(path, inner)
+            return why_not_layer(module, self._registrations, place) is None
+
+        return find_groups(found, may_fuse, functools.partial(self._may_write, path))
+
+    def _trace_of(self, path: str) -> Trace | NotProvenError:
+        """The trace of one module in which every child is a node."""
+        if path not in self._traces:
+            try:
+                self._traces[path] = trace(self._modules[path])
+            except NotProvenError as error:
+                self._traces[path] = error
+        return self._traces[path]
+
+    def _trace_inside(self, path: str) -> Trace:
+        """The trace of a module in which the children that can be are taken apart."""
+        return self._open(path, self._inlinable(path))
+
+    def _open(self, path: str, inlined: frozenset[str], once: bool = False) -> Trace:
+        """The trace with the modules at `inlined` taken apart, but those that prevent it."""
+        module = self._modules[path]
+        while True:
+            try:
+                if once:
+                    return trace_once(module, inlined, module.training)
+                return trace(module, inlined)
+            except NotProvenError as error:
+                if error.path not in inlined:
+                    raise
+                blamed = error.path
+                inlined = frozenset(p for p in inlined if p != blamed and not _is_inside(p, blamed))
+
+    def _inlinable(self, path: str) -> frozenset[str]:
+        """Paths, inside the module at `path`, of the modules that can be taken apart."""
+        found: set[str] = set()
+        stack = [(name, child) for name, child in self._modules[path].named_children()]
+        while stack:
+            inner, module = stack.pop()
+            if self._can_inline(_join(path, inner), module):
+                found.add(inner)
+                stack += [(f"{inner}.{name}", child) for name, child in module.named_children()]
+            elif type(module) in _CONTAINERS and type(module) is not nn.Sequential:
+                # Lists of modules are not called: what is in them is.
+                stack += [(f"{inner}.{name}", child) for name, child in module.named_children()]
+        return frozenset(found)
+
+    def _can_inline(self, path: str, module: nn.Module) -> bool:
+        verdict = self._verdicts.get(path)
+        if verdict is not None and verdict.recipe is not None:
+            return False
+        if path not in self._modules or hook_on(module) is not None:
+            return False
+        if not self._is_worth_tracing(path):
+            return False
+        return not isinstance(self._trace_of(path), NotProvenError)
+
+    def _is_worth_tracing(self, path: str) -> bool:
+        module = self._modules[path]
+        if isinstance(module, torch.jit.ScriptModule | nn.ModuleList | nn.ModuleDict):
+            return False
+        if is_torch_layer(module) or is_conv(module) or is_norm(module):
+            return False
+        if type(module).__module__.startswith("torch.") and type(module) is not nn.Sequential:
+            return False
+        return plan_of(module) is None and self._has_layers(path)
+
+    def _has_layers(self, path: str) -> bool:
+        """Whether there is anything in the module that this library has kernels for."""
+        return any(is_conv(m) or is_norm(m) for m in self._modules[path].modules())
+
+    def _may_write(self, path: str, inner: str) -> bool:
+        """Whether the module at `inner`, inside that at `path`, may change its input in place."""
+        place = _join(path, inner)
+        module = self._modules.get(place)
+        if module is None:
+            return True
+        if is_torch_layer(module) or is_conv(module) or is_norm(module):
+            return bool(getattr(module, "inplace", False))
+        if isinstance(module, torch.jit.ScriptModule):
+            return True
+        if plan_of(module) is not None or native_roles(module) is not None:
+            return False
+        try:
+            inside = self._open(place, self._all_inside(place), once=True)
+        except NotProvenError:
+            return True
+        may_write = functools.partial(self._may_write, place)
+        return Effects(inside.graph, inside.module, may_write).writes_to_input()
+
+    def _all_inside(self, path: str) -> frozenset[str]:
+        module = self._modules[path]
+        return frozenset(
+            name
+            for name, inner in module.named_modules()
+            if name
+            and hook_on(inner) is None
+            and not (is_torch_layer(inner) or is_conv(inner) or is_norm(inner))
+        )
+
+
+def _needed(groups: list[Group]) -> frozenset[str] | None:
+    """The modules that must be taken apart for the groups that reach over their borders.
+
+    None where no group starts in one module and ends in another, or in the outermost one.
+    """
+    opened: set[str] = set()
+    owned: set[int] = set()
+    changed = True
+    while changed:
+        changed = False
+        for i, group in enumerate(groups):
+            scopes = {str(node.meta["scope"]) for node in group.nodes}
+            if i in owned or _common(scopes) not in opened | {""}:
+                continue
+            owned.add(i)
+            for scope in scopes:
+                opened |= {scope} | {*_above(scope)}
+            changed = True
+    return frozenset(opened | {""}) if owned else None
+
+
+def _common(paths: set[str]) -> str:
+    """The innermost module around all of these."""
+    split = [path.split(".") if path else [] for path in paths]
+    shared = []
+    for names in zip(*split, strict=False):
+        if len(set(names)) > 1:
+            break
+        shared.append(names[0])
+    return ".".join(shared)
+
+
+def _above(path: str) -> list[str]:
+    names = path.split(".")
+    return [".".join(names[:i]) for i in range(1, len(names))]
+
+
+def _is_part(module: nn.Module, roles: Roles) -> bool:
+    """Whether the shortcut is computed with the block, and not called."""
+    _, shortcut = parts_of(module, roles)
+    if roles.is_preactivation:
+        return isinstance(shortcut, nn.Module) and is_plain_conv(shortcut)
+    return as_pair(shortcut) is not None
 
 
 def _looks_like_block(module: nn.Module) -> bool:
@@ -87,3 +382,7 @@ def _looks_like_network(module: nn.Module) -> bool:
 
 def _is_inside(path: str, other: str) -> bool:
     return path != other and (not other or path.startswith(f"{other}."))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name

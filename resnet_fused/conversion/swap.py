@@ -2,11 +2,15 @@
 
 import functools
 import types
-from typing import Any, NamedTuple, SupportsIndex
+from collections.abc import Sequence
+from typing import Any, NamedTuple, SupportsIndex, cast
 
+import torch
 from torch import Tensor, nn
 
+from resnet_fused.conversion.program import Program, compiled
 from resnet_fused.conversion.roles import Roles
+from resnet_fused.conversion.tracing import Attribute, NotProvenError, frozen
 from resnet_fused.models import ResNet
 from resnet_fused.models.stages import planned_forwards, run_blocks, stage_forwards
 from resnet_fused.nn import (
@@ -19,19 +23,29 @@ from resnet_fused.nn import (
     inference_plan,
 )
 from resnet_fused.nn.blocks import residual_forward
-from resnet_fused.nn.pairs import has_hooks
+from resnet_fused.nn.pairs import Projection, computed_dtype, has_hooks
+from resnet_fused.nn.preactivation_blocks import preactivation_forward
+
+
+class Proof(NamedTuple):
+    """What must be as it was at conversion, for a recipe to hold.
+
+    children: by path of each module that is not called any more, and of the module itself (""): the
+    name and class of every child. silent: paths of modules that are not called any more.
+    attributes: plain ones that the forwards read.
+    """
+
+    children: tuple[tuple[str, tuple[tuple[str, type], ...]], ...]
+    silent: tuple[str, ...]
+    attributes: tuple[Attribute, ...]
 
 
 class Plan(NamedTuple):
-    """What a fused class is made from, and is made from again when it is unpickled.
-
-    children: name and class of every child at conversion. As long as they are the same, the proof
-    that the roles stand for holds.
-    """
+    """What a fused class is made from, and is made from again when it is unpickled."""
 
     original: type[nn.Module]
-    roles: Roles
-    children: tuple[tuple[str, type], ...]
+    recipe: Roles | Program
+    proof: Proof
 
 
 class Fused(nn.Module):
@@ -47,20 +61,50 @@ class Fused(nn.Module):
         return reduced
 
     def _is_as_proven(self) -> bool:
-        """Whether the children are those at conversion, and nobody listens to the bypassed ones.
+        """Whether everything is as at conversion, and nobody listens to what is not called."""
+        proof = type(self).plan.proof
+        try:
+            return (
+                all(_has_children(_at(self, path), named) for path, named in proof.children)
+                and not any(has_hooks(_at(self, path)) for path in proof.silent)
+                and self._has_proven_attributes()
+            )
+        except AttributeError:  # a module has been taken away
+            return False
 
-        A batch norm may have become one over several processes, or the other way round.
-        """
-        modules, plan = self._modules, type(self).plan
-        return (
-            len(modules) == len(plan.children)
-            and all(_same_kind(type(modules.get(name)), cls) for name, cls in plan.children)
-            and not any(has_hooks(getattr(self, name)) for name in plan.roles.bypassed)
-        )
+    def _has_proven_attributes(self) -> bool:
+        """Whether the attributes that the original forward reads are as at conversion."""
+        return all(_has_value(_at(self, a.path), a) for a in type(self).plan.proof.attributes)
+
+
+def _at(module: nn.Module, path: str) -> nn.Module:
+    for name in path.split(".") if path else ():
+        module = getattr(module, name)
+    return module
+
+
+def _has_children(module: nn.Module, named: tuple[tuple[str, type], ...]) -> bool:
+    modules = module._modules
+    return len(modules) == len(named) and all(
+        _same_kind(original_class(modules.get(name)), cls) for name, cls in named
+    )
 
 
 def _same_kind(cls: type, other: type) -> bool:
+    # A batch norm may have become one over several processes, or the other way round.
     return cls is other or {cls, other} == {nn.BatchNorm2d, nn.SyncBatchNorm}
+
+
+def _has_value(module: nn.Module, attribute: Attribute) -> bool:
+    try:
+        return frozen(vars(module)[attribute.name]) == attribute.value
+    except (KeyError, NotProvenError):
+        return False
+
+
+def original_class(module: nn.Module | None) -> type:
+    """The class of the module before conversion."""
+    return type(module).plan.original if isinstance(module, Fused) else type(module)
 
 
 class FusedBlock(Fused):
@@ -71,23 +115,35 @@ class FusedBlock(Fused):
     def forward(self, *args: object, **kwargs: object) -> object:
         # Proven is the call with one tensor; any other, and symbolic tracing, is the original's.
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            out = inference_plan.run((self,), args[0])
-            if out is None and self._is_as_proven():
-                out = self._forward_fused(args[0])
+            out = self._forward_fused(args[0]) if self._keeps_dtype(args[0]) else None
             if out is not None:
                 return out
         return super().forward(*args, **kwargs)
 
+    def _keeps_dtype(self, x: Tensor) -> bool:
+        """Whether the sum is in the dtype of the convolutions, as the fused one is."""
+        return roles_of(self).in_place or computed_dtype(x) == x.dtype
+
     def _forward_fused(self, x: Tensor) -> Tensor | None:
-        parts = parts_of(self, type(self).plan.roles)
-        return residual_forward(x, *parts, owner=self, mode=self.training_mode)
+        out = inference_plan.run((self,), x)
+        if out is not None or not self._is_as_proven():
+            return out
+        roles = roles_of(self)
+        pairs, shortcut = parts_of(self, roles)
+        if roles.is_preactivation:
+            units = [(bn, conv) for conv, bn in pairs]
+            return preactivation_forward(x, units, shortcut)
+        return residual_forward(x, pairs, shortcut, owner=self, mode=self.training_mode)
 
 
 def _parts(block: FusedBlock) -> chains.Parts | None:
-    return parts_of(block, type(block).plan.roles) if block._is_as_proven() else None
+    if roles_of(block).is_preactivation or not block._is_as_proven():
+        return None
+    return parts_of(block, roles_of(block))
 
 
 planned_forwards.add(FusedBlock.forward)
+inference_plan.conditions[FusedBlock.forward] = FusedBlock._has_proven_attributes  # type: ignore[assignment]
 chains.readers[FusedBlock.forward] = _parts
 
 
@@ -95,7 +151,9 @@ class FusedStage(Fused):
     """The forward of a Sequential of converted blocks."""
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        is_proven = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        # Some blocks compute in the dtype of their input, which only the first of them can see.
+        if is_proven and computed_dtype(args[0]) == args[0].dtype:
             out = run_blocks(args[0], [*self._modules.values()])  # type: ignore[list-item]
             if out is not None:
                 return out
@@ -114,12 +172,27 @@ class FusedNetwork(Fused):
         return super().forward(x)
 
 
+class FusedGraph(Fused):
+    """A forward in which groups of layers are fused."""
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        is_proven = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        if is_proven and torch._C._get_tracing_state() is None and self._is_as_proven():
+            return type(self).program(self, args[0])  # type: ignore[attr-defined]
+        return super().forward(*args, **kwargs)
+
+
 _OURS: dict[str, type[nn.Module]] = {
     "BasicBlock": BasicBlock,
     "Bottleneck": Bottleneck,
     "ResNet": ResNet,
     "PreActBasicBlock": PreActBasicBlock,
     "PreActBottleneck": PreActBottleneck,
+}
+_MIXINS: dict[str, type[Fused]] = {
+    "Sequential": FusedStage,
+    "ResNet": FusedNetwork,
+    "Graph": FusedGraph,
 }
 _NOTHING = (type(None), nn.Identity)
 _CONVOLUTIONS = {
@@ -131,16 +204,25 @@ _CONVOLUTIONS = {
 }
 
 
-def swap_in(module: nn.Module, roles: Roles) -> None:
-    """Give the module the fused forward; its original class stays its base class."""
-    children = tuple((name, type(child)) for name, child in module._modules.items())
-    module.__class__ = _fused_class(Plan(type(module), roles, children))
+def swap_in(module: nn.Module, recipe: Roles | Program, attributes: Sequence[Attribute]) -> None:
+    """Give the module the fused forward; its original class stays its base class.
+
+    attributes: what the forwards behind the recipe were seen to read.
+    """
+    paths = [path for path in recipe.bypassed if _at(module, path)._modules]
+    children = [(path, _children_of(_at(module, path))) for path in ("", *paths)]
+    proof = Proof(tuple(children), recipe.bypassed, tuple(attributes))
+    module.__class__ = _fused_class(Plan(type(module), recipe, proof))
+
+
+def _children_of(module: nn.Module) -> tuple[tuple[str, type], ...]:
+    return tuple((name, original_class(child)) for name, child in module._modules.items())
 
 
 def swap_in_stage(stage: nn.Module) -> None:
     """Give a Sequential of blocks, not an instance of a subclass, the forward of a fused stage."""
     nothing = Roles("Sequential", convs=(), norms=(), bypassed=(), shortcut=None)
-    stage.__class__ = _fused_class(Plan(nn.Sequential, nothing, children=()))
+    stage.__class__ = _fused_class(Plan(nn.Sequential, nothing, Proof((), (), ())))
 
 
 def swap_out(module: nn.Module) -> None:
@@ -157,13 +239,21 @@ def plan_of(module: nn.Module) -> Plan | None:
     return type(module).plan if isinstance(module, Fused) else None
 
 
+def roles_of(block: nn.Module) -> Roles:
+    """The roles in a block that was converted by them."""
+    return cast(Roles, type(block).plan.recipe)  # type: ignore[attr-defined]
+
+
 def parts_of(block: nn.Module, roles: Roles) -> chains.Parts:
     """The layers that play these roles in a block, and its shortcut."""
     pairs = [
-        (getattr(block, conv), getattr(block, norm))
+        (_at(block, conv), _at(block, norm))
         for conv, norm in zip(roles.convs, roles.norms, strict=True)
     ]
-    return pairs, None if roles.shortcut is None else getattr(block, roles.shortcut)
+    if roles.projection is not None:
+        conv, norm = roles.projection
+        return pairs, Projection(_at(block, conv), _at(block, norm))
+    return pairs, None if roles.shortcut is None else _at(block, roles.shortcut)
 
 
 def native_roles(module: nn.Module) -> Roles | None:
@@ -180,11 +270,16 @@ def native_roles(module: nn.Module) -> Roles | None:
 
 @functools.cache
 def _fused_class(plan: Plan) -> type[nn.Module]:
-    original, pattern = plan.original, plan.roles.pattern
-    ours = _OURS.get(pattern, original)
-    mixin = {"Sequential": FusedStage, "ResNet": FusedNetwork}.get(pattern, FusedBlock)
-    bases = (mixin, original) if issubclass(original, ours) else (mixin, original, ours)
+    original, recipe = plan.original, plan.recipe
     namespace = {"__doc__": original.__doc__, "__module__": __name__, "plan": plan}
+    if isinstance(recipe, Program):
+        namespace["program"] = staticmethod(compiled(recipe))
+        pattern = "Graph"
+    else:
+        pattern = recipe.pattern
+    ours = _OURS.get(pattern, original)
+    mixin = _MIXINS.get(pattern, FusedBlock)
+    bases = (mixin, original) if issubclass(original, ours) else (mixin, original, ours)
     name = f"Fused{original.__name__}"
     return types.new_class(name, bases, exec_body=lambda body: body.update(namespace))
 

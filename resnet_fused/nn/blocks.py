@@ -19,6 +19,7 @@ from resnet_fused.nn.inference_plan import make_plan
 from resnet_fused.nn.pairs import (
     BatchNorm,
     Pair,
+    Shortcut,
     as_pair,
     batch_norm_args,
     calls_are_plain,
@@ -78,7 +79,7 @@ def conv_bn_relu_max_pool(
 def residual_forward(
     x: Tensor,
     pairs: Sequence[tuple[nn.Module, nn.Module]],
-    downsample: nn.Module | None,
+    downsample: Shortcut,
     owner: nn.Module,
     mode: TrainingMode = TrainingMode.SPEED,
 ) -> Tensor | None:
@@ -213,7 +214,7 @@ def _trained_forward(
     x: Tensor,
     pairs: Sequence[Pair],
     projection: Pair | None,
-    downsample: nn.Module | None,
+    downsample: Shortcut,
     mode: TrainingMode,
 ) -> Tensor:
     device_type = x.device.type

@@ -16,6 +16,7 @@ from resnet_fused import backends
 from resnet_fused.cuda_chains import ROLL_WIDTHS
 from resnet_fused.nn.pairs import (
     Pair,
+    Shortcut,
     as_pair,
     calls_are_plain,
     computed_dtype,
@@ -43,7 +44,7 @@ class Layers(NamedTuple):
 
 # What a block consists of, pairs of layers in order and the shortcut, by the forward that computes
 # it. None where that is not what a call of the block would compute now.
-Parts = tuple[Sequence[tuple[nn.Module, nn.Module]], nn.Module | None]
+Parts = tuple[Sequence[tuple[nn.Module, nn.Module]], Shortcut]
 readers: dict[Callable[..., object], Callable[[Any], Parts | None]] = {}
 
 
@@ -73,7 +74,7 @@ def run(x: Tensor, blocks: Sequence[nn.Module]) -> Tensor:
 
 
 def run_block(
-    x: Tensor, pairs: Sequence[tuple[nn.Module, nn.Module]], downsample: nn.Module | None
+    x: Tensor, pairs: Sequence[tuple[nn.Module, nn.Module]], downsample: Shortcut
 ) -> Tensor | None:
     """The output of one block of these parts; None where it is not for a chain."""
     if not applies(x):
@@ -94,9 +95,7 @@ def layers_of(block: nn.Module) -> Layers | None:
     return layers if layers is not None and _is_folded(layers) else None
 
 
-def as_layers(
-    pairs: Sequence[tuple[nn.Module, nn.Module]], downsample: nn.Module | None
-) -> Layers | None:
+def as_layers(pairs: Sequence[tuple[nn.Module, nn.Module]], downsample: Shortcut) -> Layers | None:
     """The parts of a block as a chain takes them, whatever mode they are in; None if it cannot."""
     if len(pairs) != 3 or not all(is_pair(conv, bn) for conv, bn in pairs):
         return None

@@ -6,7 +6,7 @@ convolutions of any number of blocks, and of the stem before them.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,7 +57,8 @@ def run(blocks: Sequence[nn.Module], x: Tensor, stem: Stem | None = None) -> Ten
     if stem is not None and not is_direct:
         return None
     for owner, plan in zip(owners, plans, strict=True):
-        if not plan.is_current() or (stem and owner is stem.maxpool and not plan.is_of(stem)):
+        is_of_stem = stem is None or owner is not stem.maxpool or plan.is_of(stem)
+        if not (is_of_stem and plan.is_current() and _holds(owner)):
             _plans.pop(owner, None)  # another thread may have done so
             return None
     shape, packed = tuple(x.shape), []
@@ -224,4 +225,11 @@ class _Plan:
         ]
 
 
+def _holds(owner: nn.Module) -> bool:
+    condition = conditions.get(type(owner).forward)
+    return condition is None or condition(owner)
+
+
+# What must hold for a block to compute what its plan says, besides its layers, by its forward.
+conditions: dict[Callable[..., object], Callable[[nn.Module], bool]] = {}
 _plans: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary()

@@ -1,7 +1,7 @@
 """A convolution and the batch normalisation of its output: the unit that is fused."""
 
 from collections.abc import Mapping
-from typing import Any, TypeGuard, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +9,27 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from resnet_fused.folding import scale_shift
+from resnet_fused.nn.batch_norm_act import has_plain_activation, is_batch_norm_act
 from resnet_fused.nn.frozen_batch_norm import FrozenBatchNorm2d, is_frozen_batch_norm
 from resnet_fused.ops.bn_relu import BatchNormArgs
 
 BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm | FrozenBatchNorm2d
 Pair = tuple[nn.Conv2d, BatchNorm]
 _LIVE = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+class Projection(NamedTuple):
+    """The shortcut of a block that has both layers itself."""
+
+    conv: nn.Module
+    bn: nn.Module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """bn(conv(x)), layer by layer."""
+        return self.bn(self.conv(x))
+
+
+Shortcut = nn.Module | Projection | None
 
 
 def is_pair(conv: nn.Module, bn: nn.Module) -> bool:
@@ -31,13 +46,25 @@ def is_plain_conv(module: nn.Module) -> bool:
 
 def is_plain_norm(module: nn.Module) -> bool:
     """Whether the module is a batch norm that is fused, and has no hooks."""
+    if is_batch_norm_act(module):
+        return has_plain_activation(module, relu=False) and not _is_heard(module)
     return (type(module) in _LIVE or is_frozen_batch_norm(module)) and not has_hooks(module)
 
 
-def as_pair(downsample: nn.Module | None) -> Pair | None:
+def is_plain_norm_before_relu(module: nn.Module) -> bool:
+    """Whether relu(module(x)) is that of a batch norm which is fused; it may have the ReLU in it."""
+    if not is_batch_norm_act(module):
+        return is_plain_norm(module)
+    has_activation = any(has_plain_activation(module, relu) for relu in (True, False))
+    return has_activation and not _is_heard(module)
+
+
+def as_pair(downsample: Shortcut) -> Pair | None:
     """Convolution and normalisation of a projection shortcut; None if it is anything else."""
-    if type(downsample) is not nn.Sequential or len(downsample) != 2 or has_hooks(downsample):
-        return None
+    if not isinstance(downsample, Projection):
+        if type(downsample) is not nn.Sequential or len(downsample) != 2 or has_hooks(downsample):
+            return None
+        downsample = Projection(*downsample)
     conv, bn = downsample
     return (conv, bn) if is_pair(conv, bn) else None  # type: ignore[return-value]
 
@@ -85,6 +112,11 @@ def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` does more than its class's forward."""
     return any(hooks_of(module)) or "forward" in module.__dict__
+
+
+def _is_heard(module: nn.Module) -> bool:
+    """Whether anything listens to the module, or to one in it."""
+    return any(map(has_hooks, module.modules()))
 
 
 def computed_dtype(x: Tensor) -> torch.dtype:

@@ -20,6 +20,7 @@ from resnet_fused.nn.pairs import (
     computed_dtype,
     is_plain_conv,
     is_plain_norm,
+    is_plain_norm_before_relu,
 )
 from resnet_fused.nn.preactivation_function import preactivation_block
 from resnet_fused.nn.preactivation_parts import Norm, Shortcut
@@ -45,7 +46,9 @@ def preactivation_forward(
     or x without downsample. Every normalisation is in the mode of its own training flag.
     """
     norms, convs = [bn for bn, _ in units], [conv for _, conv in units]
-    if not (applies(x) and all(map(is_plain_norm, norms)) and all(map(is_plain_conv, convs))):
+    if not (
+        applies(x) and all(map(is_plain_norm_before_relu, norms)) and all(map(is_plain_conv, convs))
+    ):
         return None
     if torch.compiler.is_compiling():
         if any(group_of(bn) is not None for bn in norms):

@@ -1,0 +1,117 @@
+"""What a node of a rewritten graph computes: layers of other people's modules, fused.
+
+Everything is decided at each call from the modules and tensors at hand. Where the fused computation
+would not be exact, the layers run one by one. in_place: the sum is `out += residual`, which keeps
+the dtype of out.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnet_fused import backends
+from resnet_fused.layout import convolution_shape
+from resnet_fused.nn import blocks, normalization
+from resnet_fused.nn.pairs import (
+    BatchNorm,
+    Pair,
+    batch_norm_args,
+    calls_are_plain,
+    computed_dtype,
+    is_plain_conv,
+    is_plain_norm,
+    is_plain_norm_before_relu,
+)
+from resnet_fused.nn.synchronization import group_of
+from resnet_fused.ops.add_relu import add_relu as fused_add_relu
+
+
+def conv_bn_relu(
+    x: Tensor,
+    conv: nn.Module,
+    bn: nn.Module,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    in_place: bool = False,
+) -> Tensor:
+    """relu(bn(conv(x)) + residual). x: (N, C, H, W); residual, out: (N, K, P, Q)."""
+    if is_plain_conv(conv) and _is_fused(x, bn, relu and residual is None):
+        pair = cast(Pair, (conv, bn))
+        if residual is None:
+            return blocks.pair_forward(x, pair, None, relu)
+        if _is_like(residual, _output_shape(x, pair[0]), computed_dtype(x)):
+            return blocks.pair_forward(x, pair, residual, relu)
+        return _finish(blocks.pair_forward(x, pair, None, relu=False), residual, relu, in_place)
+    return _finish(bn(conv(x)), residual, relu, in_place)
+
+
+def conv_bn_relu_max_pool(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module) -> Tensor:
+    """pool(relu(bn(conv(x)))). x: (N, C, H, W); out: (N, K, P, Q)."""
+    out = None
+    if isinstance(x, Tensor) and is_plain_norm(bn):
+        out = blocks.conv_bn_relu_max_pool(x, conv, bn, pool)
+    return pool(conv_bn_relu(x, conv, bn)) if out is None else out
+
+
+def bn_relu(
+    x: Tensor,
+    bn: nn.Module,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    in_place: bool = False,
+) -> Tensor:
+    """relu(bn(x) + residual). x, residual, out: (N, C, H, W)."""
+    if _is_fused(x, bn, relu and residual is None):
+        arguments = batch_norm_args(cast(BatchNorm, bn)), group_of(cast(BatchNorm, bn))
+        if residual is None or _is_like(residual, tuple(x.shape), x.dtype):
+            return normalization.bn_relu(x, *arguments, residual=residual, relu=relu)
+        return _finish(normalization.bn_relu(x, *arguments, relu=False), residual, relu, in_place)
+    return _finish(bn(x), residual, relu, in_place)
+
+
+def add_relu(x: Tensor, residual: Tensor, in_place: bool = False) -> Tensor:
+    """relu(x + residual). x, residual, out: (N, C, H, W)."""
+    if (
+        isinstance(x, Tensor)
+        and x.dim() == 4
+        and _is_like(residual, tuple(x.shape), x.dtype)
+        and backends.is_accelerated("add_relu", x)
+        and calls_are_plain()
+    ):
+        return fused_add_relu(x, residual)
+    return _finish(x, residual, True, in_place)
+
+
+def _is_fused(x: Tensor, bn: nn.Module, relu_follows: bool) -> bool:
+    """Whether `bn` is a batch norm of x that can be fused; relu_follows: with a ReLU behind it."""
+    if not (isinstance(x, Tensor) and blocks.applies(x)):
+        return False
+    if not (is_plain_norm_before_relu(bn) if relu_follows else is_plain_norm(bn)):
+        return False
+    # Messages to other processes are not traced.
+    return not torch.compiler.is_compiling() or group_of(cast(BatchNorm, bn)) is None
+
+
+def _is_like(residual: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether adding the residual neither broadcasts nor promotes."""
+    return (
+        isinstance(residual, Tensor)
+        and tuple(residual.shape) == tuple(shape)
+        and residual.dtype == dtype
+    )
+
+
+def _output_shape(x: Tensor, conv: nn.Conv2d) -> tuple[int, ...]:
+    padding = cast(tuple[int, int], conv.padding)
+    return convolution_shape(tuple(x.shape), conv.weight.shape, conv.stride, padding, conv.dilation)
+
+
+def _finish(out: Tensor, residual: Tensor | None, relu: bool, in_place: bool) -> Tensor:
+    """relu(out + residual), step by step. `out` belongs to nobody else."""
+    if residual is not None and in_place:
+        out += residual
+    elif residual is not None:
+        out = out + residual
+    return F.relu(out) if relu else out
