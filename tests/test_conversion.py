@@ -336,6 +336,14 @@ def test_original_is_untouched_and_tensors_are_shared() -> None:
     assert all(buffer is buffers[name] for name, buffer in fused.named_buffers())
 
 
+def test_results_that_a_model_keeps_are_shared() -> None:
+    block = UNPROVABLE["records"][0]()
+    block(X)
+    fused = fuse(nn.Sequential(block, Basic(16, 16, 1)))
+    assert fused[0].seen[0] is block.seen[0]
+    assert fused[0].seen is not block.seen
+
+
 def test_inplace_converts_the_given_modules() -> None:
     model = Pair()
     block = model[0]

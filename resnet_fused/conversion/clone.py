@@ -34,9 +34,8 @@ def clone_modules(model: Model) -> Model:
         if isinstance(module, torch.jit.ScriptModule):
             shared[id(module)] = module  # copying it would copy its tensors
             continue
-        for value in _values(module):
-            if isinstance(value, Tensor):
-                shared[id(value)] = value
+        for tensor in _tensors(vars(module)):
+            shared[id(tensor)] = tensor
         for hook in _hooks(module):
             for owner in _owners(hook):
                 if id(owner) not in inside:
@@ -44,10 +43,15 @@ def clone_modules(model: Model) -> Model:
     return copy.deepcopy(model, shared)
 
 
-def _values(module: nn.Module) -> Iterator[Any]:
-    yield from module._parameters.values()
-    yield from module._buffers.values()
-    yield from vars(module).values()
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Tensors in attributes: parameters, buffers and what else is kept, also in containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors([*value.values()])
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _tensors(item)
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:

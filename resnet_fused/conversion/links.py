@@ -8,7 +8,7 @@ from torch import nn
 
 from resnet_fused import cuda_chains
 from resnet_fused.conversion.survey import Finding
-from resnet_fused.conversion.swap import FusedStage, parts_of, plan_of
+from resnet_fused.conversion.swap import is_stage, parts_of, plan_of
 from resnet_fused.nn import chains
 from resnet_fused.nn.pairs import has_hooks
 
@@ -113,4 +113,4 @@ def _layers(finding: Finding) -> chains.Layers | None:
 
 
 def _is_sequence(module: nn.Module) -> bool:
-    return type(module) is nn.Sequential or isinstance(module, FusedStage)
+    return type(module) is nn.Sequential or is_stage(module)

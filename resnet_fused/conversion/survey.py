@@ -13,8 +13,15 @@ from resnet_fused.conversion.obstacles import Registrations, obstacle, why_not_l
 from resnet_fused.conversion.program import Program, make_program
 from resnet_fused.conversion.proof import prove_block, prove_network
 from resnet_fused.conversion.roles import Roles
-from resnet_fused.conversion.swap import native_roles, parts_of, plan_of
-from resnet_fused.conversion.tracing import Attribute, NotProvenError, Trace, trace, trace_once
+from resnet_fused.conversion.swap import is_stage, native_roles, parts_of, plan_of
+from resnet_fused.conversion.tracing import (
+    Attribute,
+    NotProvenError,
+    Trace,
+    join,
+    trace,
+    trace_once,
+)
 from resnet_fused.nn.pairs import as_pair, is_plain_conv
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -81,75 +88,75 @@ class _Survey:
     def _judge(self, path: str) -> None:
         """Note the verdict on the module as a whole block or network, if there is one."""
         module = self._modules[path]
-        verdict = functools.partial(Finding, path, module)
+        plan, native = plan_of(module), native_roles(module)
+        if plan is not None:
+            if not is_stage(module):  # of a stage, what is in it counts
+                self._judge_fused(path, plan.recipe, plan.proof.attributes)
+        elif native is not None:
+            self._judge_fused(path, native, ())
+        else:
+            try:
+                self._judge_unfused(path)
+            except NotProvenError as error:
+                if path in self._candidates:
+                    self._verdicts[path] = Finding(path, module, None, str(error), fused=False)
+
+    def _judge_fused(
+        self, path: str, recipe: Roles | Program, attributes: tuple[Attribute, ...]
+    ) -> None:
+        module, rest = self._modules[path], None
+        if isinstance(recipe, Roles):
+            rest = obstacle(module, recipe, self._registrations, path)
+            if rest is not None:
+                self._verdicts[path] = Finding(path, module, None, rest, fused=False)
+                return
+        rest = recipe.rest if isinstance(recipe, Program) else ""
+        self._verdicts[path] = Finding(path, module, recipe, rest, True, attributes)
+
+    def _judge_unfused(self, path: str) -> None:
+        """Raise NotProvenError where a candidate has to be left alone."""
+        module = self._modules[path]
         if isinstance(module, torch.jit.ScriptModule):
-            self._refuse(path, "it is a TorchScript module")
-            return
-        plan = plan_of(module)
-        if plan is not None and plan.original is nn.Sequential and isinstance(plan.recipe, Roles):
-            return  # a stage: what is in it counts
-        native = native_roles(module) if plan is None else None
-        if plan is not None or native is not None:
-            recipe = native if plan is None else plan.recipe
-            reason = None
-            if isinstance(recipe, Roles):
-                reason = obstacle(module, recipe, self._registrations, path)
-            attributes = () if plan is None else plan.proof.attributes
-            if reason is None:
-                rest = recipe.rest if isinstance(recipe, Program) else ""
-                self._verdicts[path] = verdict(recipe, rest, True, attributes)
-            else:
-                self._verdicts[path] = verdict(None, reason, False)
-            return
+            raise NotProvenError("it is a TorchScript module")
         if type(module) is nn.Module or isinstance(module, fx.GraphModule):
-            self._refuse(path, "a torch.fx graph calls its layers (fuse the model before tracing)")
-            return
+            raise NotProvenError(
+                "a torch.fx graph calls its layers (fuse the model before tracing)"
+            )
         if not self._is_worth_tracing(path):
             return
         if "forward" in vars(module):
-            self._refuse(path, "the instance has its own forward")
-            return
-        found = self._trace_of(path)
-        if isinstance(found, NotProvenError):
-            self._refuse(path, f"its forward is not a known one: {found}")
-            return
-        if path not in self._candidates and not any(map(is_add, found.graph.nodes)):
-            return
+            raise NotProvenError("the instance has its own forward")
         try:
+            found = self._trace_of(path)
+            if path not in self._candidates and not any(map(is_add, found.graph.nodes)):
+                return
             roles, attributes = self._prove(path, found)
         except NotProvenError as error:
-            self._refuse(path, f"its forward is not a known one: {error}")
-            return
+            raise NotProvenError(f"its forward is not a known one: {error}") from error
         reason = obstacle(module, roles, self._registrations, path)
-        if reason is None:
-            self._verdicts[path] = verdict(roles, "", False, attributes)
-        else:
-            self._refuse(path, reason)
-
-    def _refuse(self, path: str, reason: str) -> None:
-        if path in self._candidates:
-            self._verdicts[path] = Finding(path, self._modules[path], None, reason, fused=False)
+        if reason is not None:
+            raise NotProvenError(reason)
+        self._verdicts[path] = Finding(path, module, roles, "", False, attributes)
 
     def _prove(self, path: str, found: Trace) -> tuple[Roles, tuple[Attribute, ...]]:
         if _looks_like_network(self._modules[path]):
             return prove_network(found), found.attributes
         may_write = functools.partial(self._may_write, path)
-        first: NotProvenError | None = None
+        failure, roles = None, None
         try:
             roles = prove_block(found, may_write)
             if roles.shortcut is None or _is_part(self._modules[path], roles):
                 return roles, found.attributes
         except NotProvenError as error:
-            first = error
+            failure = error
         # Layers may stand in modules of the block: their forwards are part of its own then.
         try:
-            inside = self._trace_inside(path)
-            deep = prove_block(inside, may_write)
+            inside = self._open(path, self._inlinable(path))
+            return prove_block(inside, may_write), inside.attributes
         except NotProvenError:
-            if first is not None:
-                raise first from None
+            if roles is None:
+                raise failure or NotProvenError("") from None
             return roles, found.attributes
-        return deep, inside.attributes
 
     def _visit(self, path: str) -> None:
         """Find what can be fused in the module at `path` and below."""
@@ -175,21 +182,21 @@ class _Survey:
         if isinstance(module, torch.jit.ScriptModule):
             return
         for name, _ in module.named_children():
-            self._visit(_join(path, name))
+            self._visit(join(path, name))
 
     def _visit_rest(self, path: str, recipe: Roles | Program | None) -> None:
         """Visit the modules that a recipe calls as they are."""
         module = self._modules[path]
         if isinstance(recipe, Roles) and recipe.pattern != "ResNet":
             if recipe.shortcut is not None and not _is_part(module, recipe):
-                self._visit(_join(path, recipe.shortcut))
+                self._visit(join(path, recipe.shortcut))
             return
         opened = {"", *(recipe.bypassed if recipe is not None else ())}
         for inner in opened:
             for name, _ in module.get_submodule(inner).named_children():
-                child = f"{inner}.{name}" if inner else name
+                child = join(inner, name)
                 if child not in opened:
-                    self._visit(_join(path, child))
+                    self._visit(join(path, child))
 
     def _leave_alone(self, path: str, reason: str) -> None:
         for other in self._candidates:
@@ -199,12 +206,13 @@ class _Survey:
 
     def _program(self, path: str) -> tuple[Program, tuple[Attribute, ...]] | None:
         """The forward of the module with the groups of layers fused that no module below has."""
-        if not self._is_worth_tracing(path) or isinstance(self._trace_of(path), NotProvenError):
-            return None
         module = self._modules[path]
-        if "forward" in vars(module) or any(map(is_lazy, module.modules())):
+        if not self._is_worth_tracing(path) or "forward" in vars(module):
+            return None
+        if any(map(is_lazy, module.modules())):
             return None
         try:
+            self._trace_of(path)
             everything = self._inlinable(path)
             groups = self._groups(path, self._open(path, everything, once=True))
             inlined = _needed(groups)
@@ -222,23 +230,22 @@ class _Survey:
 
     def _groups(self, path: str, found: Trace) -> list[Group]:
         def may_fuse(inner: str) -> bool:
-            module, place = found.module.get_submodule(inner), _join(path, inner)
+            module, place = found.module.get_submodule(inner), join(path, inner)
             return why_not_layer(module, self._registrations, place) is None
 
         return find_groups(found, may_fuse, functools.partial(self._may_write, path))
 
-    def _trace_of(self, path: str) -> Trace | NotProvenError:
-        """The trace of one module in which every child is a node."""
+    def _trace_of(self, path: str) -> Trace:
+        """The trace of one module in which every child is a node. Raises NotProvenError."""
         if path not in self._traces:
             try:
                 self._traces[path] = trace(self._modules[path])
             except NotProvenError as error:
                 self._traces[path] = error
-        return self._traces[path]
-
-    def _trace_inside(self, path: str) -> Trace:
-        """The trace of a module in which the children that can be are taken apart."""
-        return self._open(path, self._inlinable(path))
+        found = self._traces[path]
+        if isinstance(found, NotProvenError):
+            raise found
+        return found
 
     def _open(self, path: str, inlined: frozenset[str], once: bool = False) -> Trace:
         """The trace with the modules at `inlined` taken apart, but those that prevent it."""
@@ -260,7 +267,7 @@ class _Survey:
         stack = [(name, child) for name, child in self._modules[path].named_children()]
         while stack:
             inner, module = stack.pop()
-            if self._can_inline(_join(path, inner), module):
+            if self._can_inline(join(path, inner), module):
                 found.add(inner)
                 stack += [(f"{inner}.{name}", child) for name, child in module.named_children()]
             elif type(module) in _CONTAINERS and type(module) is not nn.Sequential:
@@ -276,7 +283,11 @@ class _Survey:
             return False
         if not self._is_worth_tracing(path):
             return False
-        return not isinstance(self._trace_of(path), NotProvenError)
+        try:
+            self._trace_of(path)
+        except NotProvenError:
+            return False
+        return True
 
     def _is_worth_tracing(self, path: str) -> bool:
         module = self._modules[path]
@@ -294,7 +305,7 @@ class _Survey:
 
     def _may_write(self, path: str, inner: str) -> bool:
         """Whether the module at `inner`, inside that at `path`, may change its input in place."""
-        place = _join(path, inner)
+        place = join(path, inner)
         module = self._modules.get(place)
         if module is None:
             return True
@@ -382,7 +393,3 @@ def _looks_like_network(module: nn.Module) -> bool:
 
 def _is_inside(path: str, other: str) -> bool:
     return path != other and (not other or path.startswith(f"{other}."))
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path and name else path or name

@@ -225,6 +225,11 @@ def swap_in_stage(stage: nn.Module) -> None:
     stage.__class__ = _fused_class(Plan(nn.Sequential, nothing, Proof((), (), ())))
 
 
+def is_stage(module: nn.Module) -> bool:
+    """Whether it is a Sequential of converted blocks."""
+    return isinstance(module, FusedStage)
+
+
 def swap_out(module: nn.Module) -> None:
     """Give the module its original class back."""
     plan = plan_of(module)

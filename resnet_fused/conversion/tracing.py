@@ -147,7 +147,7 @@ class _StandIns:
         if path in self._inlined or isinstance(module, _CONTAINERS):
             for name, child in module._modules.items():
                 if child is not None:
-                    values["_modules"][name] = self._of(child, _join(path, name))
+                    values["_modules"][name] = self._of(child, join(path, name))
         if path in self._inlined:
             values["training"] = self._training
         self.paths[id(copied)] = path
@@ -177,7 +177,7 @@ class _StandIns:
     def reach(self, module: nn.Module, name: str, child: nn.Module) -> nn.Module:
         """The stand-in of a child that has been read from a stand-in."""
         path = self.paths.get(id(module))
-        return child if path is None else self._of(child, _join(path, name))
+        return child if path is None else self._of(child, join(path, name))
 
     def check_unchanged(self) -> None:
         """Raise if the forward has stored anything."""
@@ -287,7 +287,7 @@ class _Tracer(fx.Tracer):
 
     def path_of_module(self, mod: nn.Module) -> str:
         path = self._paths.get(id(mod))
-        return super().path_of_module(mod) if path is None else _join(_ROOT, path)
+        return super().path_of_module(mod) if path is None else join(_ROOT, path)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
@@ -370,7 +370,8 @@ def _is_tensor_of(module: nn.Module, path: str) -> bool:
     return name in owner._parameters or name in owner._buffers
 
 
-def _join(path: str, name: str) -> str:
+def join(path: str, name: str) -> str:
+    """The path of the module `name` in the one at `path`."""
     return f"{path}.{name}" if path and name else path or name
 
 

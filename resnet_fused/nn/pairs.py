@@ -52,7 +52,7 @@ def is_plain_norm(module: nn.Module) -> bool:
 
 
 def is_plain_norm_before_relu(module: nn.Module) -> bool:
-    """Whether relu(module(x)) is that of a batch norm which is fused; it may have the ReLU in it."""
+    """Whether relu(module(x)) is that of a fused batch norm, which may have the ReLU in it."""
     if not is_batch_norm_act(module):
         return is_plain_norm(module)
     has_activation = any(has_plain_activation(module, relu) for relu in (True, False))
