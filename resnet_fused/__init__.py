@@ -8,6 +8,7 @@ try:
     from resnet_fused import models, nn, ops
     from resnet_fused.backends import backend
     from resnet_fused.conversion import explain, fuse, unfuse
+    from resnet_fused.decompositions import decompositions
     from resnet_fused.nn import TrainingMode
 except (ImportError, OSError):
     # `python -m resnet_fused doctor` has to be able to say what is wrong with PyTorch.
@@ -18,6 +19,7 @@ __all__ = [
     "TrainingMode",
     "__version__",
     "backend",
+    "decompositions",
     "explain",
     "fuse",
     "models",

@@ -54,8 +54,10 @@ def bn_relu(
     residual_eps: float,
     relu: bool,
     save_mask: bool,
+    updates: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    mean, invstd = _statistics(x, running_mean, running_var, training, momentum, eps)
+    """updates: gets the new running statistics, in order, which then stay what they are."""
+    mean, invstd = _statistics(x, running_mean, running_var, training, momentum, eps, updates)
     total = _affine(x, weight, bias, mean, invstd)
     residual_mean, residual_invstd = mean.new_empty(0), mean.new_empty(0)
     if residual is not None and residual_bn:
@@ -66,6 +68,7 @@ def bn_relu(
             residual_training,
             residual_momentum,
             residual_eps,
+            updates,
         )
         total = total + _affine(
             residual, residual_weight, residual_bias, residual_mean, residual_invstd
@@ -214,8 +217,10 @@ def bn_relu_max_pool(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
+    updates: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean, invstd = _statistics(x, running_mean, running_var, training, momentum, eps)
+    """updates: as in `bn_relu`."""
+    mean, invstd = _statistics(x, running_mean, running_var, training, momentum, eps, updates)
     # The maximum is that of the unrounded values: rounded ones would be equal more often.
     total = _affine(x, weight, bias, mean, invstd)
     windows = tuple(kernel_size), tuple(stride), tuple(padding)
@@ -506,6 +511,7 @@ def _statistics(
     training: bool,
     momentum: float,
     eps: float,
+    updates: list[Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     dtype = statistics_dtype(x)
     if not training:
@@ -516,11 +522,18 @@ def _statistics(
     count = x.numel() // x.size(1)
     with torch.no_grad():
         if running_mean is not None:
-            running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
+            _move(running_mean, mean, momentum, updates)
         if running_var is not None:
-            unbiased = var * (count / (count - 1))
-            running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
+            _move(running_var, var * (count / (count - 1)), momentum, updates)
     return mean, (var + eps).rsqrt()
+
+
+def _move(running: Tensor, value: Tensor, momentum: float, updates: list[Tensor] | None) -> None:
+    value = value.to(running.dtype)
+    if updates is None:
+        running.mul_(1 - momentum).add_(value, alpha=momentum)
+    else:
+        updates.append((running * (1 - momentum)).add(value, alpha=momentum))
 
 
 def _affine(

@@ -1,5 +1,6 @@
-"""How an operator enters PyTorch: schema, kernel, fake kernel, autograd and autocast."""
+"""How an operator enters PyTorch: schema, kernel, fake kernel, autograd, vmap and autocast."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,8 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from resnet_fused import backends
+from resnet_fused.ops import _vmap
+
 LIBRARY = torch.library.Library("resnet_fused", "DEF")
 Operator = torch._ops.OpOverload
+# Each operator by PyTorch's own.
+DECOMPOSITIONS: dict[Operator, Callable[..., Any]] = {}
 
 
 def define(
@@ -16,12 +22,16 @@ def define(
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
     differentiable: Callable[..., Any],
+    images: tuple[int, ...] = (),
+    updated: _vmap.Updated = _vmap.updates_nothing,
 ) -> Operator:
     """Define `resnet_fused::<schema>` and return its overload.
 
     kernel runs on real tensors, fake gives outputs without data, differentiable(*args) is called
-    instead of the kernel where a gradient is needed. The schema has no defaults: a call
-    names every argument, because the dispatcher drops trailing arguments equal to a default.
+    instead of the kernel where a gradient is needed. images: positions of the activations, if each
+    image's result depends on that image alone. updated(*args): positions of the arguments that a
+    call writes to. The schema has no defaults: a call names every argument, because the dispatcher
+    drops trailing arguments equal to a default.
     """
     name = schema.partition("(")[0]
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -30,6 +40,9 @@ def define(
         LIBRARY.impl(name, kernel, key)
     torch.library.register_fake(f"resnet_fused::{name}", fake, lib=LIBRARY)
     overload: Operator = getattr(torch.ops.resnet_fused, name).default
+    DECOMPOSITIONS[overload] = functools.partial(in_plain_pytorch, kernel)
+    rule = functools.partial(_vmap.rule, overload, images, updated)
+    torch.library.register_vmap(f"resnet_fused::{name}", rule, lib=LIBRARY)
 
     def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if torch.is_grad_enabled() and _needs_gradient(args):
@@ -63,6 +76,23 @@ def call(overload: Operator, *args: Any) -> Any:
         _refuse_tangents(overload._schema.name.partition("::")[2], args)
     with torch._C._AutoDispatchBelowAutograd():
         return overload(*args)
+
+
+def in_plain_pytorch(kernel: Callable[..., Any], *args: Any) -> Any:
+    """What a kernel computes, by PyTorch's own operators alone, which any transform can follow."""
+    with backends.backend("reference"):
+        return kernel(*args)
+
+
+def as_node(node: type[torch.autograd.Function], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """For `define`: one autograd node; under torch.func, which cannot take it, plain PyTorch."""
+
+    def differentiable(*args: Any) -> Any:
+        if torch._C._functorch.maybe_current_level() is not None:
+            return in_plain_pytorch(kernel, *args)
+        return node.apply(*args)
+
+    return differentiable
 
 
 def refuse_gradient(operator: str, remedy: str) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from resnet_fused import backends, reference
 from resnet_fused.layout import memory_format
 from resnet_fused.ops import _checks
-from resnet_fused.ops._registration import call, define
+from resnet_fused.ops._registration import as_node, call, define
 
 
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:
@@ -73,10 +73,17 @@ def _backward_fake(grad_out: Tensor, out: Tensor) -> Tensor:
     return torch.empty_like(out, memory_format=memory_format(out))
 
 
-_add_relu = define("add_relu(Tensor x, Tensor residual) -> Tensor", _kernel, _fake, _AddReLU.apply)
+_add_relu = define(
+    "add_relu(Tensor x, Tensor residual) -> Tensor",
+    _kernel,
+    _fake,
+    as_node(_AddReLU, _kernel),
+    images=(0, 1),
+)
 _add_relu_backward = define(
     "add_relu_backward(Tensor grad_out, Tensor out) -> Tensor",
     _backward_kernel,
     _backward_fake,
     reference.add_relu_backward,
+    images=(0, 1),
 )

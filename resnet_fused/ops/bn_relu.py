@@ -12,7 +12,8 @@ from torch import Tensor
 from resnet_fused import backends, reference
 from resnet_fused.layout import mask_shape, memory_format, to_format
 from resnet_fused.ops import _checks
-from resnet_fused.ops._registration import call, define, refuse_gradient
+from resnet_fused.ops._functional import define_functional
+from resnet_fused.ops._registration import as_node, call, define, refuse_gradient
 from resnet_fused.ops.bn_relu_backward import bn_relu_backward
 
 
@@ -155,17 +156,28 @@ def _unpack(args: tuple[Any, ...]) -> tuple[Tensor, BatchNormArgs, Tensor | None
 
 
 def _kernel(*args: Any) -> tuple[Tensor, ...]:
-    x, bn, residual, residual_bn = _unpack(args)
+    x, bn, _, residual_bn = _unpack(args)
     if x.numel() == 0:  # statistics that are of nothing move nothing
         return tuple(torch.zeros_like(output) for output in _fake(*args))
-    format_ = memory_format(x)
-    outputs: tuple[Tensor, ...] = backends.choose("bn_relu", x)(
-        x.contiguous(memory_format=format_), *args[1:8], to_format(residual, format_), *args[9:]
-    )
+    outputs: tuple[Tensor, ...] = backends.choose("bn_relu", x)(*_dense(args))
     for updated in (bn, residual_bn):
         if updated.training:
             count_as_edited(updated.running_mean, updated.running_var)
     return outputs
+
+
+def _plain(updates: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
+    _unpack(args)
+    return reference.bn_relu(*_dense(args), updates=updates)
+
+
+def _dense(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, residual = args[0], args[8]
+    format_ = memory_format(x)
+    return (
+        *(x.contiguous(memory_format=format_), *args[1:8], to_format(residual, format_)),
+        *args[9:],
+    )
 
 
 def count_as_edited(*buffers: Tensor | None) -> None:
@@ -173,6 +185,19 @@ def count_as_edited(*buffers: Tensor | None) -> None:
     for buffer in buffers:
         if buffer is not None and not buffer.is_inference():
             torch.autograd.graph.increment_version(buffer)
+
+
+def updated_statistics(args: tuple[Any, ...], first: int) -> tuple[int, ...]:
+    """Positions of the running statistics that a batch norm updates; first: that of its weight."""
+    bn = BatchNormArgs(*args[first : first + 7])
+    if not bn.training:
+        return ()
+    return tuple(first + i for i in (2, 3) if bn[i] is not None)
+
+
+def _updated(*args: Any) -> tuple[int, ...]:
+    own = updated_statistics(args, 1)
+    return own + updated_statistics(args, 10) if args[8] is not None and args[9] else own
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
@@ -260,8 +285,10 @@ _bn_relu = define(
     " Tensor residual_invstd, Tensor mask)",
     _kernel,
     _fake,
-    _BnReLU.apply,
+    as_node(_BnReLU, _kernel),
+    updated=_updated,
 )
+define_functional(_bn_relu, _kernel, _fake, _plain, _updated)
 _bn_relu_apply = define(
     "bn_relu_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, bool relu)"
     " -> Tensor",

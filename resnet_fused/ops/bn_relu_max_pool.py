@@ -15,8 +15,14 @@ from resnet_fused import backends, reference
 from resnet_fused.layout import memory_format, pooled_shape
 from resnet_fused.ops import _checks
 from resnet_fused.ops._convolution import pair
-from resnet_fused.ops._registration import call, define, refuse_gradient
-from resnet_fused.ops.bn_relu import BatchNormArgs, check_batch_norm, count_as_edited
+from resnet_fused.ops._functional import define_functional
+from resnet_fused.ops._registration import as_node, call, define, refuse_gradient
+from resnet_fused.ops.bn_relu import (
+    BatchNormArgs,
+    check_batch_norm,
+    count_as_edited,
+    updated_statistics,
+)
 from resnet_fused.ops.bn_relu_backward import differentiable_statistics
 
 LARGEST_KERNEL = 15  # a byte holds its 225 places and reference.CLOSED
@@ -164,6 +170,16 @@ def _kernel(*args: Any) -> tuple[Tensor, ...]:
     return outputs
 
 
+def _plain(updates: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
+    _check(args)
+    x = args[0].contiguous(memory_format=memory_format(args[0]))
+    return reference.bn_relu_max_pool(x, *args[1:], updates=updates)
+
+
+def _updated(*args: Any) -> tuple[int, ...]:
+    return updated_statistics(args, 1)
+
+
 def _fake(*args: Any) -> tuple[Tensor, ...]:
     shape = _check(args)
     x = args[0]
@@ -292,8 +308,10 @@ _bn_relu_max_pool = define(
     " -> (Tensor out, Tensor mean, Tensor invstd, Tensor argmax)",
     _kernel,
     _fake,
-    _BnReLUMaxPool.apply,
+    as_node(_BnReLUMaxPool, _kernel),
+    updated=_updated,
 )
+define_functional(_bn_relu_max_pool, _kernel, _fake, _plain, _updated)
 _backward_sums = define(
     "bn_relu_max_pool_backward_sums(Tensor grad_out, Tensor x, Tensor argmax, Tensor mean,"
     " SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding) -> Tensor",

@@ -67,5 +67,6 @@ _bottleneck_block = define(
     _kernel,
     _fake,
     refuse_gradient("bottleneck_block", "use conv_bn_relu, or torch.no_grad()"),
+    images=(0,),
 )
 autocast(_bottleneck_block, _bottleneck.cast_activations(0))

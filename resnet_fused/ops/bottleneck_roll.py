@@ -74,5 +74,6 @@ _bottleneck_roll = define(
     _kernel,
     _fake,
     refuse_gradient("bottleneck_roll", "use conv_bn_relu, or torch.no_grad()"),
+    images=(0, 1),
 )
 autocast(_bottleneck_roll, _bottleneck.cast_activations(0, 1))

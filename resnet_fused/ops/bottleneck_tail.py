@@ -59,5 +59,6 @@ _bottleneck_tail = define(
     _kernel,
     _fake,
     refuse_gradient("bottleneck_tail", "use conv_bn_relu, or torch.no_grad()"),
+    images=(0, 1),
 )
 autocast(_bottleneck_tail, _bottleneck.cast_activations(0, 1))

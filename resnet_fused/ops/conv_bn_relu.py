@@ -9,7 +9,8 @@ from torch import Tensor
 from resnet_fused import backends, reference
 from resnet_fused.layout import memory_format, to_format
 from resnet_fused.ops import _checks, _convolution
-from resnet_fused.ops._registration import autocast, call, define, refuse_gradient
+from resnet_fused.ops._functional import functionalise
+from resnet_fused.ops._registration import autocast, as_node, call, define, refuse_gradient
 
 
 def conv_bn_relu(
@@ -172,6 +173,10 @@ def _inplace_fake(
     _check(x, weight, scale, shift, residual, geometry)
 
 
+def _inplace_functional(*args: Any) -> None:
+    args[4].copy_(_conv_bn_relu(*args))
+
+
 class _ConvBnReLU(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -296,14 +301,17 @@ _conv_bn_relu = define(
     f"conv_bn_relu{_SIGNATURE.format(residual='Tensor? residual')} -> Tensor",
     _kernel,
     _fake,
-    _ConvBnReLU.apply,
+    as_node(_ConvBnReLU, _kernel),
+    images=(0, 4),
 )
 _conv_bn_relu_ = define(
     f"conv_bn_relu_{_SIGNATURE.format(residual='Tensor(a!) residual')} -> ()",
     _inplace_kernel,
     _inplace_fake,
     refuse_gradient("conv_bn_relu_", "use conv_bn_relu, or torch.no_grad()"),
+    updated=lambda *args: (4,),
 )
+functionalise(_conv_bn_relu_, _inplace_functional)
 _conv_bn_relu_backward = define(
     "conv_bn_relu_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor scale, Tensor? out,"
     " bool has_residual, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups)"

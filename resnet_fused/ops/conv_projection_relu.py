@@ -122,5 +122,6 @@ _conv_projection_relu = define(
     _kernel,
     _fake,
     refuse_gradient("conv_projection_relu", "use conv_bn_relu, or torch.no_grad()"),
+    images=(0, 4),
 )
 autocast(_conv_projection_relu, _bottleneck.cast_activations(0, 4))

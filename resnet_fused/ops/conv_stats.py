@@ -15,7 +15,7 @@ from torch import Tensor
 from resnet_fused import backends, reference
 from resnet_fused.layout import memory_format
 from resnet_fused.ops import _checks, _convolution
-from resnet_fused.ops._registration import autocast, call, define
+from resnet_fused.ops._registration import as_node, autocast, call, define
 from resnet_fused.ops.conv_dgrad import conv_dgrad
 from resnet_fused.ops.conv_wgrad import conv_wgrad
 
@@ -158,6 +158,6 @@ _conv_stats = define(
     " -> (Tensor y, Tensor mean, Tensor m2)",
     _kernel,
     _fake,
-    _ConvStats.apply,
+    as_node(_ConvStats, _kernel),
 )
 autocast(_conv_stats, _cast)
