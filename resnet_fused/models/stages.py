@@ -13,8 +13,12 @@ from resnet_fused.nn.pairs import has_hooks, is_plain_relu
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """The same x in channels_last memory format if it is a floating-point image batch."""
-    if x.dim() == 4 and x.is_floating_point():
+    """The same x in channels_last memory format if it is a floating-point image batch.
+
+    As it is inside of torch.func, where vmap knows no memory formats.
+    """
+    is_transformed = torch._C._functorch.maybe_current_level() is not None
+    if x.dim() == 4 and x.is_floating_point() and not is_transformed:
         return x.contiguous(memory_format=torch.channels_last)
     return x
 

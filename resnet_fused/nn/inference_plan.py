@@ -117,6 +117,7 @@ def _applies(x: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and calls_are_plain()  # before a size of x is read, which a trace would record
         and type(x) is Tensor
         and x.is_cpu
         and x.dim() == 4
@@ -125,7 +126,6 @@ def _applies(x: Tensor) -> bool:
         and onednn.runs(computed_dtype(x), x.numel())
         and backends.is_implemented("conv_bn_relu")
         and backends.choose("conv_bn_relu", x) is onednn.conv_bn_relu
-        and calls_are_plain()
     )
 
 

@@ -90,9 +90,13 @@ def pair_of(size: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def calls_are_plain() -> bool:
-    """Whether calling a module runs it and nothing else: no tracing, transform or global hook."""
+    """Whether calling a module runs it and nothing else: no tracing, transform or global hook.
+
+    ONNX knows the plain layers, and not this library's operators.
+    """
     return (
         torch._C._get_tracing_state() is None
+        and not (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
         and torch._C._functorch.maybe_current_level() is None
         and forward_ad._current_level < 0
         and not torch_module._has_any_global_hook()

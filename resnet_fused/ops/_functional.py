@@ -68,8 +68,14 @@ def define_functional(
         return returned(outputs, dict(zip(updated(*args), updates, strict=True)), args[0])
 
     def with_writing(*args: Any) -> tuple[Tensor, ...]:
+        positions = updated(*args)
+        if len({id(args[i]) for i in positions}) < len(positions):
+            raise NotImplementedError(
+                f"{_name(overload)}: a decomposed program must update each tensor once per call,"
+                " got the same running statistics twice (give each batch norm its own)"
+            )
         outputs = functional(*args)
-        for i in updated(*args):
+        for i in positions:
             args[i].copy_(outputs[written.index(i) - len(written)])
         return tuple(outputs[: -len(written)])
 
