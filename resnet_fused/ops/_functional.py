@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from resnet_fused.ops._registration import (
-    DECOMPOSITIONS,
-    LIBRARY,
-    Operator,
-    define,
-    refuse_gradient,
-)
+from resnet_fused.ops._registration import DECOMPOSITIONS, LIBRARY, Operator, define
 from resnet_fused.ops._vmap import Updated
 
 
@@ -25,6 +19,7 @@ def functionalise(overload: Operator, functional: Callable[..., Any]) -> None:
     PyTorch would wrap the operator instead, and no table of decompositions reaches into the wrap.
     Compilers, which undo the wrap, still get it.
     """
+    DECOMPOSITIONS[overload] = functional
 
     def rule(
         mode: FunctionalTensorMode, func: Operator, types: Any, args: Any, kwargs: Any = None
@@ -68,14 +63,8 @@ def define_functional(
         return returned(outputs, dict(zip(updated(*args), updates, strict=True)), args[0])
 
     def with_writing(*args: Any) -> tuple[Tensor, ...]:
-        positions = updated(*args)
-        if len({id(args[i]) for i in positions}) < len(positions):
-            raise NotImplementedError(
-                f"{_name(overload)}: a decomposed program must update each tensor once per call,"
-                " got the same running statistics twice (give each batch norm its own)"
-            )
         outputs = functional(*args)
-        for i in positions:
+        for i in updated(*args):
             args[i].copy_(outputs[written.index(i) - len(written)])
         return tuple(outputs[: -len(written)])
 
@@ -83,7 +72,7 @@ def define_functional(
         _functional_schema(overload, written),
         functools.partial(on_copies, kernel),
         functools.partial(on_copies, fake),
-        refuse_gradient(f"{_name(overload)}_functional", f"use {_name(overload)}"),
+        functools.partial(on_copies, overload),
     )
     DECOMPOSITIONS[functional] = without_writing
     functionalise(overload, with_writing)
