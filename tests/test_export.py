@@ -13,19 +13,14 @@ import pytest
 import torch
 from hand_written_blocks import Basic, BottleneckCloned
 from model_equality import images, randomize
-from numerics import assert_as_accurate_as_eager, normal, strides
+from numerics import assert_as_accurate_as_eager, strides
+from operator_examples import OPERATORS, Example, name_of, overload_of
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import resnet_fused as rf
 from resnet_fused import _extension
 
-PREFIX = "resnet_fused::"
-OPERATORS = sorted(
-    name.removeprefix(PREFIX).partition(".")[0]
-    for name in torch._C._dispatch_get_all_op_names()
-    if name.startswith(PREFIX)
-)
 BATCH = ({0: torch.export.Dim("batch")},)
 
 needs_extension = pytest.mark.skipif(
@@ -36,91 +31,16 @@ needs_extension = pytest.mark.skipif(
 # One operator each
 
 
-class Example:
-    """Arguments of every operator, other ones for every seed."""
-
-    def __init__(self, seed: int, n: int) -> None:
-        self.seed, self.n = 1000 * seed, n
-
-    def _next(self, *shape: int) -> Tensor:
-        self.seed += 1
-        return normal(shape, self.seed, torch.float32)
-
-    def image(self, h: int = 6, w: int = 5) -> Tensor:
-        return self._next(self.n, 8, h, w).contiguous(memory_format=torch.channels_last)
-
-    def vector(self) -> Tensor:
-        return self._next(8).abs() + 0.5
-
-    def vectors(self, count: int) -> list[Tensor]:
-        return [self.vector() for _ in range(count)]
-
-    def layer(self, size: int) -> list[Tensor]:
-        return [self._next(8, 8, size, size), *self.vectors(2)]
-
-    def argmax(self) -> Tensor:
-        taps = (self._next(self.n, 8, 3, 3).abs() * 100).long() % 10
-        return torch.where(taps == 9, 255, taps).to(torch.uint8)
-
-    def arguments(self, operator: str) -> list[Any]:
-        image, vectors = self.image, self.vectors
-        geometry, windows = ([1, 1], [1, 1], [1, 1], 1), ([3, 3], [2, 2], [1, 1])
-        bn = [*vectors(4), True, 0.1, 1e-5]
-        residual_bn = [*vectors(4), True, 0.2, 1e-5]
-        sums = [*vectors(4), image(), True, *vectors(4)]
-        whole = [*vectors(4), True, True, image(), True, *vectors(4), True, True]
-        averages = [torch.stack(vectors(3))]
-        pooled = image(3, 3)
-        arguments = {
-            "add_relu": [image(), image()],
-            "bn_relu": [image(), *bn, image(), True, *residual_bn, True, False],
-            "bn_relu_apply": [image(), *vectors(4), True],
-            "bn_relu_backward": [image(), image(), None, None, *whole],
-            "bn_relu_backward_sums": [image(), image(), None, None, *sums, True],
-            "bn_relu_backward_apply": [image(), image(), None, None, *whole, *averages],
-            "bn_statistics": [image()],
-            "bn_relu_max_pool": [image(), *bn, *windows],
-            "bn_relu_max_pool_backward_sums": [
-                *(pooled, image(), self.argmax(), self.vector(), *windows)
-            ],
-            "bn_relu_max_pool_backward_apply": [
-                *(pooled, image(), self.argmax(), *vectors(3), True),
-                *(torch.stack(vectors(2)), *windows),
-            ],
-            "conv_bn_relu": [image(), *self.layer(3), image(), True, *geometry],
-            "conv_bn_relu_backward": [
-                *(image(), image(), *self.layer(3)[:2], image(), True, *geometry)
-            ],
-            "conv_projection_relu": [image(), *self.layer(1), image(), *self.layer(1), [1, 1]],
-            "bottleneck_tail": [image(), image(), *self.layer(3), *self.layer(1)],
-            "bottleneck_roll": [image(), image(), *self.layer(3), *self.layer(1), *self.layer(1)],
-            "bottleneck_block": [image(), *self.layer(1), *self.layer(3), *self.layer(1)],
-            "conv_stats": [image(), *self.layer(3), *geometry],
-            "conv_dgrad": [
-                *(image(), self.layer(3)[0], [6, 5], image(), torch.stack(vectors(3)), image()),
-                *(image(), *vectors(2), None, self.vector(), *geometry),
-            ],
-            "conv_wgrad": [image(), image(), *self.layer(3), *geometry],
-        }
-        same = {
-            "add_relu_backward": "add_relu",
-            "bn_relu_functional": "bn_relu",
-            "bn_relu_max_pool_functional": "bn_relu_max_pool",
-            "conv_bn_relu_": "conv_bn_relu",
-        }
-        return arguments[same.get(operator, operator)]
-
-
 def test_every_operator_has_a_decomposition() -> None:
-    named = {overload._schema.name.removeprefix(PREFIX) for overload in rf.decompositions()}
+    named = {name_of(overload) for overload in rf.decompositions()}
     assert named == set(OPERATORS)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operator_in_plain_pytorch(operator: str) -> None:
     """Traced with one batch, right with another: results, layouts, what is written in place."""
-    overload = getattr(torch.ops.resnet_fused, operator).default
-    traced, given = (Example(i, n).arguments(operator) for i, n in ((0, 4), (1, 7)))
+    overload = overload_of(operator)
+    traced, given = (Example(i, n, torch.float32).arguments(operator) for i, n in ((0, 4), (1, 7)))
 
     def call(*tensors: Tensor) -> Any:
         remaining = iter(tensors)
@@ -242,7 +162,7 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_decomposed_programs_are_plain_pytorch(mode: str) -> None:
-    """In evaluation with gradients a batch norm is an operator that could write to its statistics."""
+    """Without gradients, batch norms are folded; with them, operators that may write to buffers."""
     training, context = MODES[mode]
     eager = Network(BottleneckCloned(8, 4), Basic(8, 16, 1))
     with context():
@@ -261,7 +181,7 @@ def test_decomposed_programs_are_plain_pytorch(mode: str) -> None:
 
 @needs_extension
 def test_lowered_programs_keep_the_operators() -> None:
-    """Without our table, and without mutation, from which our table still leads to plain PyTorch."""
+    """Without our table, and without mutation; a second step still leads to plain PyTorch."""
     eager = basic()
     program = exported(rf.fuse(copy.deepcopy(eager)).train()).run_decompositions()
     assert fused_nodes(program) == {"bn_relu_functional": 4}

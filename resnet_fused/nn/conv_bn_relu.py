@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_fused.nn import blocks
+from resnet_fused.nn.pairs import refuse_script
 
 
 class ConvBnReLU2d(nn.Module):
@@ -16,6 +17,8 @@ class ConvBnReLU2d(nn.Module):
     norm_layer makes the normalisation of a width. relu=False leaves the ReLU out, as projection
     shortcuts need.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

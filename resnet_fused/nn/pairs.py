@@ -1,7 +1,7 @@
 """A convolution and the batch normalisation of its output: the unit that is fused."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeGuard, cast
+from typing import Any, NamedTuple, NoReturn, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,14 @@ def calls_are_plain() -> bool:
         and torch._C._functorch.maybe_current_level() is None
         and forward_ad._current_level < 0
         and not torch_module._has_any_global_hook()
+    )
+
+
+def refuse_script(module: nn.Module) -> NoReturn:
+    """For `__prepare_scriptable__`, which torch.jit.script asks before it compiles anything."""
+    raise TypeError(
+        f"torch.jit.script: model must be without fused blocks, got {type(module).__name__}"
+        " (use torch.jit.trace or torch.export, or script what rf.unfuse returns)"
     )
 
 

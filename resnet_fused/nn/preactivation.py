@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from resnet_fused.nn import preactivation_blocks
-from resnet_fused.nn.pairs import is_plain_relu
+from resnet_fused.nn.pairs import is_plain_relu, refuse_script
 from resnet_fused.nn.residual import conv1x1, conv3x3
 
 
@@ -19,6 +19,7 @@ class _PreActBlock(nn.Module):
     expansion: int
     relu: nn.Module
     downsample: nn.Module | None
+    __prepare_scriptable__ = refuse_script
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, inplanes, H, W); returns (N, planes * expansion, H / stride, W / stride)."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from resnet_fused.nn import blocks, chains, inference_plan
-from resnet_fused.nn.pairs import is_plain_relu
+from resnet_fused.nn.pairs import is_plain_relu, refuse_script
 from resnet_fused.nn.training_mode import TrainingMode
 
 
@@ -20,6 +20,7 @@ class _ResidualBlock(nn.Module):
     expansion: int
     relu: nn.Module
     downsample: nn.Module | None
+    __prepare_scriptable__ = refuse_script
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, inplanes, H, W); returns (N, planes * expansion, H / stride, W / stride)."""

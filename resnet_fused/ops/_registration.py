@@ -89,6 +89,9 @@ def as_node(node: type[torch.autograd.Function], kernel: Callable[..., Any]) -> 
 
     def differentiable(*args: Any) -> Any:
         if torch._C._functorch.maybe_current_level() is not None:
+            # In NCHW, because vmap knows no other memory format.
+            images = (isinstance(a, Tensor) and a.dim() == 4 for a in args)
+            args = tuple(a.contiguous() if i else a for a, i in zip(args, images, strict=True))
             return in_plain_pytorch(kernel, *args)
         return node.apply(*args)
 

@@ -10,7 +10,7 @@ from resnet_fused import backends, reference
 from resnet_fused.layout import memory_format, to_format
 from resnet_fused.ops import _checks, _convolution
 from resnet_fused.ops._functional import functionalise
-from resnet_fused.ops._registration import autocast, as_node, call, define, refuse_gradient
+from resnet_fused.ops._registration import as_node, autocast, call, define, refuse_gradient
 
 
 def conv_bn_relu(
