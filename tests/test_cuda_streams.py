@@ -1,6 +1,8 @@
 """Streams, graphs and devices of CUDA, and that the same call gives the same bits twice."""
 
-from collections.abc import Callable
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -57,7 +59,7 @@ class Step:
         return [out.detach(), *grads, mean, var]
 
 
-def copies(tensors: list[Tensor]) -> list[Tensor]:
+def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors]
 
 
@@ -129,6 +131,50 @@ class TestOnGpu:
         assert torch.cuda.current_device() == 0
         assert all(tensor.device == devices[1] for tensor in actual)
         assert_same_bits([tensor.cpu() for tensor in actual], [t.cpu() for t in expected])
+
+
+@needs_cuda
+@pytest.mark.parametrize("backend", ["by rule", "cuda"])
+class TestBlocksOnGpu:
+    def test_captured_inference(self, backend: str) -> None:
+        """Replays see new images and new weights."""
+        network = rf.models.ResNet(rf.nn.Bottleneck, (1, 1, 1, 1), num_classes=5).cuda().eval()
+        x, other = (normal((2, 3, 65, 65), seed, torch.float32).cuda() for seed in range(2))
+        with running_on(backend), torch.no_grad():
+            graph, (out,) = capture(lambda: [network(x)])
+            x.copy_(other)
+            network.layer1[0].bn1.weight.mul_(2)
+            graph.replay()
+            torch.cuda.synchronize()
+            torch.testing.assert_close(out, network(other))
+
+    def test_graphed_training(self, backend: str) -> None:
+        """Output, gradients and running statistics of a block in a graph, at every step."""
+        block = rf.nn.Bottleneck(16, 4).cuda()
+        twin = copy.deepcopy(block)
+        leaf = normal((4, 16, 9, 9), 0, torch.float32).cuda().requires_grad_()
+        with running_on(backend):
+            graphed = torch.cuda.make_graphed_callables(block, (leaf,))
+            graphed.load_state_dict(twin.state_dict())  # the calls before the capture moved it
+            for seed in (1, 2):
+                results = []
+                x, grad_out = (normal(leaf.shape, i * seed, torch.float32) for i in (10, 20))
+                for module in (graphed, twin):
+                    module.zero_grad()
+                    given = x.cuda().requires_grad_()
+                    out = module(given)
+                    out.backward(grad_out.cuda())
+                    grads = [p.grad.clone() for p in module.parameters()]
+                    results.append([out.detach(), given.grad, *grads, *copies(module.buffers())])
+                torch.testing.assert_close(*results)
+
+
+@contextlib.contextmanager
+def running_on(backend: str) -> Iterator[None]:
+    """On a backend or those of the static rule, with convolutions whose results repeat."""
+    asked = contextlib.nullcontext() if backend == "by rule" else rf.backend(backend)
+    with asked, torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
+        yield
 
 
 def capture(step: Callable[[], list[Tensor]]) -> tuple[Any, list[Tensor]]:

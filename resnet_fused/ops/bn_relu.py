@@ -168,7 +168,7 @@ def _kernel(*args: Any) -> tuple[Tensor, ...]:
 
 def _plain(updates: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
     _unpack(args)
-    return reference.bn_relu(*_dense(args), updates)
+    return reference.bn_relu(*(*_dense(args), updates))
 
 
 def _dense(args: tuple[Any, ...]) -> tuple[Any, ...]:

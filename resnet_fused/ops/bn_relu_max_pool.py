@@ -173,7 +173,7 @@ def _kernel(*args: Any) -> tuple[Tensor, ...]:
 def _plain(updates: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
     _check(args)
     x = args[0].contiguous(memory_format=memory_format(args[0]))
-    return reference.bn_relu_max_pool(x, *args[1:], updates)
+    return reference.bn_relu_max_pool(*(x, *args[1:], updates))
 
 
 def _updated(*args: Any) -> tuple[int, ...]:
