@@ -222,14 +222,15 @@ def test_ensemble_of_networks() -> None:
 
 
 def test_functional_call_computes_with_what_it_is_given() -> None:
-    """Fused, and after a plan for the module's own tensors was made."""
-    fused, _ = pair()
-    other = Network(seed=5).eval()
+    """Also where a plan for the module's own tensors was made."""
+    fused, other = pair()[0].float(), Network(seed=5).float().eval()
+    x = X.float().contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        before = fused(X)
-        out = functional_call(fused, dict(other.state_dict()), (X,))
-        torch.testing.assert_close(out, other(X))
-        assert torch.equal(fused(X), before)
+        before, planned = fused(x), fused(x)
+        out = functional_call(fused, dict(other.state_dict()), (x,))
+        torch.testing.assert_close(out, other(x))
+        torch.testing.assert_close(planned, before)
+        assert torch.equal(fused(x), planned)
 
 
 @pytest.mark.parametrize("transform", ["grad", "of each sample", "jacobian"])
