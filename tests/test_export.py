@@ -65,6 +65,13 @@ def test_operator_in_plain_pytorch(operator: str) -> None:
         assert strides(actual) == strides(expected)
 
 
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name.endswith("_functional")])
+def test_opcheck_of_functional_forms(operator: str) -> None:
+    arguments = Example(0, 4, torch.float32).arguments(operator)
+    arguments[0].requires_grad_()
+    torch.library.opcheck(overload_of(operator), arguments)
+
+
 # Networks
 
 
@@ -257,14 +264,14 @@ def test_files_that_need_nothing_of_ours(tmp_path: Path) -> None:
     assert_accurate(run_without_it(tmp_path, x, *files), eager, x)
 
 
-onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-
-
 @pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
 @pytest.mark.parametrize("way", ["model", "program"])
 def test_onnx(way: str, tmp_path: Path) -> None:
     """A model is exported as its plain layers; a program wants its decomposition first."""
+    for module in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    import onnxruntime
+
     eager = basic().eval()
     fused = rf.fuse(copy.deepcopy(eager))
     path = tmp_path / "model.onnx"
