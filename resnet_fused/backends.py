@@ -142,6 +142,11 @@ def choose(operator: str, x: Tensor) -> Callable[..., Any]:
     return _choose(operator, device_type, x.dtype, _wish or _environment())
 
 
+def chosen(operator: str, device_type: str, dtype: torch.dtype) -> str:
+    """Name of the backend whose implementation `choose` returns for such tensors; raises as it."""
+    return _chosen(operator, device_type, dtype, _wish or _environment())
+
+
 def available(operator: str, device_type: str, dtype: torch.dtype = torch.float32) -> list[str]:
     """Backends that can run `operator`, the static rule's choice first."""
     implementations = _IMPLEMENTATIONS[operator].items()
@@ -186,22 +191,26 @@ def _is_accelerated(operator: str, device_type: str, dtype: torch.dtype) -> bool
 def _choose(
     operator: str, device_type: str, dtype: torch.dtype, wish: str | None
 ) -> Callable[..., Any]:
-    implementations = _IMPLEMENTATIONS[operator]
-    if wish is not None:
-        if not has(wish, operator):
-            reason = f"it has no implementation of {operator}"
-        else:
-            reason = implementations[wish].unsupported(device_type, dtype) or ""
-        if reason:
-            raise RuntimeError(
-                f"{operator}: backend {wish!r} was asked for, but {reason}"
-                f" (available here: {', '.join(available(operator, device_type, dtype))})"
-            )
-        return implementations[wish].resolve()
-    name = available(operator, device_type, dtype)[0]
-    if name == "reference" and device_type == "cpu" and not _extension.load():
+    name = _chosen(operator, device_type, dtype, wish)
+    if wish is None and name == "reference" and device_type == "cpu" and not _extension.load():
         _warn_slow()
-    return implementations[name].resolve()
+    return _IMPLEMENTATIONS[operator][name].resolve()
+
+
+@functools.cache
+def _chosen(operator: str, device_type: str, dtype: torch.dtype, wish: str | None) -> str:
+    if wish is None:
+        return available(operator, device_type, dtype)[0]
+    if not has(wish, operator):
+        reason = f"it has no implementation of {operator}"
+    else:
+        reason = _IMPLEMENTATIONS[operator][wish].unsupported(device_type, dtype) or ""
+    if reason:
+        raise RuntimeError(
+            f"{operator}: backend {wish!r} was asked for, but {reason}"
+            f" (available here: {', '.join(available(operator, device_type, dtype))})"
+        )
+    return wish
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from resnet_fused import TrainingMode
 from resnet_fused.commands.networks import placed
 from resnet_fused.conversion.survey import survey
+from resnet_fused.conversion.swap import parts_of
 from resnet_fused.nn.pairs import as_pair
 
 
@@ -61,10 +62,11 @@ def theoretical_bytes(eager: nn.Module, image: Tensor, item_size: int) -> Theory
 def _block_ends(model: nn.Module) -> list[tuple[nn.Module, bool]]:
     """The last convolution of each residual block, and whether a projection is beside it."""
     ends = []
-    for _, block, roles, *_ in survey(model):
+    for finding in survey(model):
+        block, roles = finding.module, finding.roles
         if roles is None or roles.pattern == "ResNet":
             continue
-        shortcut = None if roles.shortcut is None else block.get_submodule(roles.shortcut)
+        _, shortcut = parts_of(block, roles)
         ends.append((block.get_submodule(roles.convs[-1]), as_pair(shortcut) is not None))
     return ends
 

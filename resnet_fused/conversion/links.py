@@ -93,7 +93,8 @@ def _text(finding: Finding, following: Finding | None) -> tuple[str, bool]:
     if layers is None or roles is None:
         return "", False
     if layers.projection is not None:
-        return f"{roles.convs[2]}+{roles.shortcut}+add", False
+        shortcut = roles.shortcut if roles.projection is None else roles.projection[0]
+        return f"{roles.convs[2]}+{shortcut}+add", False
     if not cuda_chains.has_tail(layers.second[0].out_channels, layers.third[0].out_channels):
         return "", False
     text = f"{roles.convs[1]}+{roles.convs[2]}+add"
