@@ -711,10 +711,12 @@ def test_explain_names_the_chains(torchvision: ModuleType, timm: ModuleType) -> 
         own, theirs = models.resnet50(), torchvision.models.resnet50()
         stages_alone = timm.create_model("resnet50")
     assert texts(own) == texts(theirs) == texts(fuse(theirs)) == TEXTS
-    assert texts(stages_alone) == texts(fuse(stages_alone)) == TEXTS[1:]
+    assert texts(stages_alone) == texts(fuse(stages_alone)) == TEXTS
     lines = str(explain(own)).splitlines()
-    assert lines[0].split() == ["path", "class", "state", "chain", "reason"]
-    assert lines[4].endswith(f"fused  {ROLL_TEXT}")
+    notes = {line.split(": ", 1)[1]: line[0] for line in lines if line[1:].startswith(": chain")}
+    assert {*notes} == {f"chain: {text}" for text in (PROJECTION_TEXT, ROLL_TEXT, TAIL_TEXT)}
+    assert lines[4].startswith("layer1.1 ")
+    assert lines[4].split()[-1] == notes[f"chain: {ROLL_TEXT}"]
     assert lines[-1].endswith("in bfloat16 and float16; no rule chooses them.")
     assert json.loads(json.dumps(explain(own).to_dict()))["rows"][2]["chain"] == ROLL_TEXT
 

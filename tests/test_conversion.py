@@ -2,7 +2,6 @@
 
 import copy
 import io
-import json
 import logging
 import pickle
 from collections.abc import Callable
@@ -603,15 +602,6 @@ def test_layers_changed_after_fusing_are_respected() -> None:
             assert is_other, "the change shows nowhere"
 
 
-def test_explain_tells_of_later_hooks() -> None:
-    fused = fuse(Pair())
-    assert [row.state for row in explain(fused).rows] == ["fused", "fused"]
-    handle = fused[1].conv1.register_forward_hook(lambda *_: None)
-    assert "conv1 has a forward hook" in reason_for(fused, "1")
-    handle.remove()
-    assert explain(fused).rows[1].fused
-
-
 def test_global_hooks_see_every_layer() -> None:
     seen = []
     fused = fuse(randomize(Basic()))
@@ -649,7 +639,7 @@ def test_evaluation_is_never_stale() -> None:
         assert (expected - before).abs().max() > 1e-4
 
 
-# Bad input, explanation, logging
+# Bad input, logging
 
 
 @pytest.mark.parametrize("function", [fuse, unfuse, explain])
@@ -681,65 +671,6 @@ def test_logs_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "resnet_fused"):
         fuse(Pair())
     assert caplog.messages == ["fused 2 of 2 candidates in Pair"]
-
-
-def test_explanation_as_table_and_data() -> None:
-    model = nn.Sequential(Pair(), UNPROVABLE["gelu"][0]())
-    fuse(model[0][0], inplace=True)
-    explanation = explain(model)
-    assert [line.split("  ")[0] for line in str(explanation).splitlines()] == [
-        *("path", "-" * 12, "0.0", "0.1", "1", "1.downsample"),
-        "Sequential: 2 can be fused, 1 can be fused in part, 1 fused (of 4).",
-    ]
-    data = json.loads(json.dumps(explanation.to_dict()))
-    assert data["model"] == "Sequential"
-    states = ["fused", "can be fused", "can be fused in part", "can be fused"]
-    assert [row["state"] for row in data["rows"]] == states
-    assert data["rows"][0]["bytes_before"] is None
-
-
-def test_explain_without_blocks() -> None:
-    assert str(explain(nn.Linear(2, 2))) == (
-        "Linear has no residual blocks that this library knows: nothing to fuse."
-    )
-
-
-def test_own_models_are_fused_already() -> None:
-    explanation = explain(models.resnet20())
-    assert len(explanation.rows) == 9
-    assert all(row.fused for row in explanation.rows)
-    assert explain(models.resnet18()).summary == "ResNet: 9 fused (of 9)."
-
-
-def test_bytes_per_image() -> None:
-    model = nn.Sequential(Basic(8, 16, 2), Basic(16, 16, 1))
-    model[0].register_forward_hook(lambda *_: pytest.fail("the user's hook ran"))
-    unfused, fused = (
-        explain(model, torch.empty(5, 8, 8, 8)),
-        explain(fuse(model), images(5, 8, 8, 8)),
-    )
-    x, y = 8 * 64, 16 * 16  # elements of the input and of every other activation
-    first = (x + y) + (y + y) + (x + y)  # three convolutions
-    eager = first + 3 * 2 * y + 2 * 2 * y + 3 * y  # three norms, two ReLUs, the add
-    second, eager_second = 4 * y, 4 * y + 2 * 2 * y + 2 * 2 * y + 3 * y
-    for explanation in (unfused, fused):
-        assert [row.bytes_before for row in explanation.rows] == [4 * eager, 4 * eager_second]
-        assert [row.bytes_after for row in explanation.rows] == [4 * (first + y), 4 * (second + y)]
-    assert f"{4 * (eager + eager_second) / 1e6:.2f} MB unfused" in fused.summary
-    assert "MB fused" in str(fused).splitlines()[0]
-    half = explain(model, torch.empty(1, 8, 8, 8, dtype=torch.float16))
-    assert half.rows[0].bytes_before == 2 * eager
-    assert model[0].conv1.weight.device.type == "cpu"
-
-
-def test_bytes_of_own_models() -> None:
-    explanation = explain(models.resnet18(), torch.empty(1, 3, 64, 64))
-    assert all(row.bytes_before > 2 * row.bytes_after for row in explanation.rows)
-
-
-def test_bytes_for_an_input_that_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="example_input must be an input of the model, got shape"):
-        explain(Pair(), torch.empty(1, 3, 8, 8))
 
 
 # Compilers

@@ -543,7 +543,7 @@ def test_explain() -> None:
     model = models.PreActCifarResNet(PreActBottleneck, 1, shortcut="B")
     model.layer2[0].conv1.register_forward_hook(lambda *_: None)
     rows = rf.explain(model, torch.empty(1, 3, 8, 8)).rows
-    assert [row.state for row in rows] == ["fused", "left alone", "fused"]
+    assert [row.state for row in rows] == ["fused", "can be fused in part", "fused"]
     # Of the width of ResNet-50's first stage, where a Bottleneck of 2015 would have a chain.
     assert [row.chain for row in rf.explain(PreActBottleneck(256, 64)).rows] == [""]
     # In channels at 8x8, first block: convolutions 16 -> 16 -> 16 -> 64 and 16 -> 64.

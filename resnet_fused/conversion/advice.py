@@ -47,7 +47,7 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     ),
     (_LAYER + r"has padding=", "write the padding of {} as a number"),
     (_LAYER + r"is shared: it is also", "give each place of {} a layer of its own, under one name"),
-    (r"^it calls (?P<layer>\S+) more than once", "give each call of {} a layer of its own"),
+    (r": it calls (?P<layer>\S+) more than once", "give each call of {} a layer of its own"),
     (_LAYER + r"has its own forward", "remove the forward that is set on the instance {}"),
     (_LAYER + r"is a \S+, not a plain", "use torch.nn's own layer for {}, if it computes the same"),
     (_LAYER + r"has a \S+ of type", "make the tensors of {} plain parameters or buffers"),
@@ -62,9 +62,10 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     (r": it prints", "take the print out of the forward of {}"),
     (r": it changes the attribute", "do not store anything in the forward of {} (a hook can)"),
     (r": it makes a tensor", "register the tensor that the forward of {} makes as a buffer"),
+    # Whatever else keeps a forward from being traced. The others name what the block computes.
     (
-        r": it (cannot be traced|asks for the type|reads the attribute|draws random"
-        r"|changes the gradient mode|differs between training and evaluation)",
+        r"^its forward is not a known one: "
+        r"(?!expected|it has|it also computes|it does not return|its stem|it adds)",
         COMPILE.text,
     ),
 )
@@ -114,11 +115,12 @@ def _for_runtime_path(path: RuntimePath) -> Iterator[Advice]:
     if path.device == "cpu" and not _extension.load():
         yield Advice(f"{_DOCTOR}{path.device}")
     elif path.device == "cpu" and path.convolutions == EAGER and path.dtype != "mixed":
-        fast = [d for d in (torch.float32, torch.bfloat16) if onednn.runs(d, elements=1)]
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in fast)
-        if fast and path.dtype not in names:
-            yield Advice(f"use {names}: this CPU has no fused convolutions in {path.dtype}")
-    elif path.backend == "reference" and path.dtype != "float64":
+        fast = [n for n in ("float32", "bfloat16") if onednn.runs(getattr(torch, n), elements=1)]
+        if fast and path.dtype not in fast:
+            yield Advice(
+                f"use {' or '.join(fast)}: this CPU has no fused convolutions in {path.dtype}"
+            )
+    elif path.backend == EAGER and path.dtype != "float64":
         yield Advice(f"{_DOCTOR}{path.device} in {path.dtype}")
 
 

@@ -15,7 +15,7 @@ from resnet_fused.conversion.roles import Roles
 from resnet_fused.conversion.runtime_path import RuntimePath, runtime_paths
 from resnet_fused.conversion.survey import Finding, survey
 from resnet_fused.conversion.swap import plan_of
-from resnet_fused.conversion.table import Line, megabytes, table, wrapped
+from resnet_fused.conversion.table import LONGEST, Line, megabytes, table, wrapped
 from resnet_fused.conversion.traffic import Traffic, inference_traffic
 
 State = Literal["fused", "fused in part", "can be fused", "can be fused in part", "left alone"]
@@ -164,7 +164,8 @@ def explain(model: nn.Module, example_input: Tensor | None = None) -> Explanatio
     traffic: dict[str, Traffic] = {}
     if example_input is not None:
         traffic = inference_traffic(model, findings, chained, example_input)
-    rows, every = [], []
+    rows: list[Row] = []
+    every: list[Advice] = []
     for finding, path in zip(findings, runtime_paths(model, findings), strict=True):
         advice = advice_for(finding, path, example_input)
         every += advice
@@ -223,6 +224,8 @@ def _engines(row: Row) -> str:
 def _notes(row: Row) -> Iterator[str]:
     if row.reason:
         yield row.reason
+    if len(row.pattern) > LONGEST:
+        yield f"pattern: {row.pattern}"
     if row.chain:
         yield f"chain: {row.chain}"
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import backends, direct, models, onednn
-from resnet_fused.conversion.layers import is_conv
 from resnet_fused.conversion.program import Program
 from resnet_fused.conversion.roles import Roles
 from resnet_fused.conversion.survey import Finding
@@ -21,10 +20,10 @@ _CONVERTING = (models.ResNet, models.CifarResNet, models.PreActCifarResNet)
 class RuntimePath(NamedTuple):
     """How a block runs on the device and in the dtype of its parameters.
 
-    backend: what computes batch norm, add and ReLU where no convolution takes them along; "PyTorch"
-    for blocks that are left alone. convolutions: what convolves in inference ("direct" and
-    "oneDNN" on CPUs, "cuDNN" or a backend on GPUs, else "PyTorch"), "" where there are none; in
-    training PyTorch does. Both are "" on the meta device, where nothing is computed. dtype: of the
+    backend: what computes batch norm, add and ReLU if no convolution takes them along; "PyTorch"
+    where no kernel of this library runs. convolutions: what convolves channels_last tensors in
+    inference ("direct" and "oneDNN" on CPUs, "cuDNN" or a backend on GPUs, else "PyTorch"), "" where
+    there are none; in training PyTorch does. Both are "" on the meta device. dtype: of the
     parameters, "mixed" if there are several, "" if there are none. layout: "channels_last" where
     the network converts its input, else "as its input". device: type of the parameters' device.
     problem: why the backend that was asked for cannot run, "" if it can.
@@ -40,66 +39,98 @@ class RuntimePath(NamedTuple):
 
 def runtime_paths(model: nn.Module, findings: Sequence[Finding]) -> list[RuntimePath]:
     """Of each finding in `model`. Autocast is not looked at."""
-    converting = [f.path for f in findings if f.roles is not None and f.roles.pattern == "ResNet"]
+    converting = [f.path for f in findings if _is_network(f)]
     converting += [path for path, m in model.named_modules() if isinstance(m, _CONVERTING)]
-    return [_path(finding, converting) for finding in findings]
+    direct_paths = _direct_paths(findings, converting)
+    return [
+        _path(
+            finding,
+            converts=any(_is_in(finding.path, outer) for outer in converting),
+            is_direct=finding.path in direct_paths,
+        )
+        for finding in findings
+    ]
 
 
-def _path(finding: Finding, converting: Sequence[str]) -> RuntimePath:
+def _path(finding: Finding, converts: bool, is_direct: bool) -> RuntimePath:
     layers = [*_layers(finding)]
     tensors = [t for layer in layers for t in _tensors(layer)]
     dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors}
     dtype = dtypes.pop() if len(dtypes) == 1 else "mixed" if dtypes else ""
     device = tensors[0].device.type if tensors else "cpu"
-    path = RuntimePath(EAGER, "", dtype, "as its input", device)
-    if any(finding.path == outer or f"{finding.path}.".startswith(outer) for outer in converting):
-        path = path._replace(layout="channels_last")
+    layout = "channels_last" if converts else "as its input"
+    convs = [layer.weight for layer in layers if isinstance(layer, nn.Conv2d)]
+    eager = RuntimePath(EAGER, EAGER if convs else "", dtype, layout, device)
     if device == "meta":
-        return path._replace(backend="")
-    convs = [layer for layer in layers if is_conv(layer)]
+        return eager._replace(backend="", convolutions="")
     if finding.recipe is None:
-        return path._replace(convolutions=EAGER if convs else "")
-    # The convolution's dtype is that of the activations.
-    computed = convs[0].weight.dtype if convs else tensors[0].dtype if tensors else torch.float32
-    assert isinstance(computed, torch.dtype)
+        return eager
+    # Activations have the dtype of the convolutions.
+    like = convs[0] if convs else tensors[0] if tensors else torch.empty(0)
     try:
-        backend = backends.chosen("bn_relu", device, computed)
+        backend = backends.chosen("bn_relu", device, like.dtype)
     except RuntimeError as error:
-        return path._replace(backend=EAGER, convolutions=EAGER, problem=str(error))
-    convolutions = _convolutions(finding, convs, device, computed) if convs else ""
-    return path._replace(backend=backend, convolutions=convolutions)
+        return eager._replace(problem=str(error))
+    if not backends.is_accelerated("bn_relu", like):
+        return eager
+    convolutions = _convolutions(device, like.dtype, is_direct) if convs else ""
+    return eager._replace(backend=backend, convolutions=convolutions)
 
 
-def _convolutions(
-    finding: Finding, convs: Sequence[nn.Module], device: str, dtype: torch.dtype
-) -> str:
-    if not backends.is_implemented("conv_bn_relu"):
-        return EAGER
+def _convolutions(device: str, dtype: torch.dtype, is_direct: bool) -> str:
     try:
         name = backends.chosen("conv_bn_relu", device, dtype)
     except RuntimeError:
         return EAGER
     if name == "reference" and device == "cuda" and torch.backends.cudnn.is_available():
         return "cuDNN"
-    if name == "reference":
+    if name == "reference" or (name == "cpu" and not onednn.runs(dtype, elements=1)):
         return EAGER
-    if name != "cpu":
-        return name
-    if not onednn.runs(dtype, elements=1):
-        return EAGER
-    return "direct" if _is_direct(finding, convs, dtype) else "oneDNN"
+    if name == "cpu":
+        return "direct" if is_direct else "oneDNN"
+    return name
 
 
-def _is_direct(finding: Finding, convs: Sequence[nn.Module], dtype: torch.dtype) -> bool:
-    """Whether an inference plan of direct convolutions is made for a whole block, or a stem."""
+def _direct_paths(findings: Sequence[Finding], networks: Sequence[str]) -> set[str]:
+    """Where inference plans are of direct convolutions."""
+    able = {f.path for f in findings if _has_plan(f) and _takes_direct(f)}
+    for network in networks:
+        blocks = [f for f in findings if _is_in(f.path, network) and not _is_network(f)]
+        stem = [f for f in findings if f.path == network and _is_network(f)]
+        are_one = all(map(_has_plan, blocks))
+        if are_one and able.issuperset(f.path for f in blocks):
+            able |= {f.path for f in stem if _takes_direct(f)}
+        elif are_one:
+            # One call runs all of them, and in one way.
+            able -= {f.path for f in blocks}
+    return able
+
+
+def _has_plan(finding: Finding) -> bool:
+    """Whether the block gets an inference plan, whatever it holds."""
     roles = finding.roles
-    if roles is None or roles.is_preactivation or not direct.runs(dtype):
+    if roles is None or roles.is_preactivation or _is_network(finding):
         return False
-    if roles.shortcut is not None and as_pair(parts_of(finding.module, roles)[1]) is None:
-        return False
-    is_stem = roles.pattern == "ResNet"
-    plain = (cast(nn.Conv2d, conv) for conv in convs)
-    return all(direct.takes(conv.weight, conv.groups, is_stem) for conv in plain)
+    pairs, shortcut = parts_of(finding.module, roles)
+    is_grouped = cast(nn.Conv2d, pairs[-1][0]).groups > 1
+    return not is_grouped and (shortcut is None or as_pair(shortcut) is not None)
+
+
+def _takes_direct(finding: Finding) -> bool:
+    convs = [layer for layer in _layers(finding) if isinstance(layer, nn.Conv2d)]
+    is_stem = _is_network(finding)
+    return all(
+        direct.runs(conv.weight.dtype) and direct.takes(conv.weight, conv.groups, is_stem)
+        for conv in convs
+    )
+
+
+def _is_network(finding: Finding) -> bool:
+    return finding.roles is not None and finding.roles.pattern == "ResNet"
+
+
+def _is_in(path: str, outer: str) -> bool:
+    return path == outer or not outer or path.startswith(f"{outer}.")
 
 
 def _layers(finding: Finding) -> Iterator[nn.Module]:

@@ -5,9 +5,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 _WIDTH = 100  # of the text below the table
-_LONGEST = 40  # cell; longer ones are cut
+LONGEST = 36  # cell; longer ones are cut
 
-_Component = str | tuple[int, int]  # of a path: a name, or the first and last of several numbers
+
+class _Component(NamedTuple):
+    """Of a path: a name with numbers from first to last behind it, or without any (None)."""
+
+    name: str
+    first: int | None
+    last: int | None
 
 
 class Line(NamedTuple):
@@ -21,7 +27,7 @@ class Line(NamedTuple):
 class _Group(NamedTuple):
     line: Line
     components: tuple[_Component, ...]
-    count: int
+    size: int
 
 
 def table(header: Sequence[str], lines: Sequence[Line], total: bool) -> list[str]:
@@ -34,9 +40,9 @@ def table(header: Sequence[str], lines: Sequence[Line], total: bool) -> list[str
     rows = [[*header, "notes" if texts else ""], []]
     for group in _grouped(lines):
         name = ".".join(map(_named, group.components)) or "(model)"
-        name += f" ({group.count})" if group.count > 1 else ""
+        name += f" ({group.size})" if group.size > 1 else ""
         notes = ", ".join(str(texts.index(note) + 1) for note in group.line.notes)
-        rows.append([name, *(_cell(cell, group.count) for cell in group.line.cells), notes])
+        rows.append([name, *(_cell(cell, group.size) for cell in group.line.cells), notes])
     if total:
         rows.append([f"total ({len(lines)})", *_sums(lines), ""])
     return [*_aligned(rows, [*map(_is_number, lines[0].cells)]), *_numbered(texts)]
@@ -84,26 +90,30 @@ def _joined(first: _Group, second: _Group, place: int) -> _Group | None:
         return None
     low, high = a[place], b[place]
     rest_is_same = (a[:place], a[place + 1 :]) == (b[:place], b[place + 1 :])
-    if isinstance(low, str) or isinstance(high, str) or not rest_is_same or low[1] + 1 != high[0]:
+    if low.last is None or low.name != high.name or low.last + 1 != high.first or not rest_is_same:
         return None
-    components = (*a[:place], (low[0], high[1]), *a[place + 1 :])
-    return _Group(first.line, components, first.count + second.count)
+    components = (*a[:place], low._replace(last=high.last), *a[place + 1 :])
+    return _Group(first.line, components, first.size + second.size)
 
 
 def _component(text: str) -> _Component:
-    return (int(text), int(text)) if text.isdigit() else text
+    name = text.rstrip("0123456789")
+    digits = text[len(name) :]
+    if not digits or digits != str(int(digits)):  # "block01" must stay that
+        return _Component(text, None, None)
+    return _Component(name, int(digits), int(digits))
 
 
 def _named(component: _Component) -> str:
-    if isinstance(component, str):
-        return component
-    first, last = component
-    return str(first) if first == last else f"{first}-{last}"
+    name, first, last = component
+    if first is None:
+        return name
+    return f"{name}{first}" if first == last else f"{name}{first}-{last}"
 
 
 def _cell(cell: str | int | None, count: int) -> str:
     if isinstance(cell, str):
-        return cell if len(cell) <= _LONGEST else f"{cell[: _LONGEST - 3]}..."
+        return cell if len(cell) <= LONGEST else f"{cell[: LONGEST - 3]}..."
     return megabytes(cell if cell is None else cell * count)
 
 

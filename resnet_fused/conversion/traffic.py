@@ -1,5 +1,6 @@
 """Activation bytes that fusion saves, counted from shapes; nothing is computed."""
 
+import copy
 import types
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -63,19 +64,16 @@ def inference_traffic(
     the forward does not reach has no entry. Raises ValueError if the model does not run on such an
     input.
     """
-    recipes = {f.path: f for f in findings if f.recipe is not None}
-    layers = {path: _layers(f.module, f.roles) for path, f in recipes.items() if f.roles}
-    programs = {p: f.recipe for p, f in recipes.items() if isinstance(f.recipe, Program)}
-    places = {_join(path, layer) for path, names in layers.items() for layer in names}
+    blocks = {f.path: (f.roles, _layers(f.module, f.roles)) for f in findings if f.roles}
+    programs = {f.path: f.recipe for f in findings if isinstance(f.recipe, Program)}
+    places = {_join(path, layer) for path, (_, layers) in blocks.items() for layer in layers}
     sizes, counts = _dry_run(model, places, programs, example_input)
     item_size, images = example_input.element_size(), max(*example_input.shape[:1], 1)
     elements = {path: Traffic(*count, count.after) for path, count in counts.items()}
-    for path, names in layers.items():
-        if all(_join(path, layer) in sizes for layer in names):
-            known = {layer: sizes[_join(path, layer)] for layer in names}
-            finding = recipes[path]
-            assert finding.roles is not None
-            elements[path] = _roles_traffic(finding.roles, names, known, links.get(path))
+    for path, (roles, layers) in blocks.items():
+        if all(_join(path, layer) in sizes for layer in layers):
+            known = {layer: sizes[_join(path, layer)] for layer in layers}
+            elements[path] = _roles_traffic(roles, known, links.get(path))
     return {
         path: Traffic(*(count * item_size // images for count in counted))
         for path, counted in elements.items()
@@ -98,11 +96,10 @@ def _layers(module: nn.Module, roles: Roles) -> tuple[str, ...]:
     return (*roles.convs, f"{roles.shortcut}.0") if is_part else roles.convs
 
 
-def _roles_traffic(
-    roles: Roles, names: Sequence[str], sizes: Mapping[str, _Sizes], link: Link | None
-) -> Traffic:
+def _roles_traffic(roles: Roles, sizes: Mapping[str, _Sizes], link: Link | None) -> Traffic:
+    """sizes: of the layers that `_layers` names."""
     main = [sizes[conv] for conv in roles.convs]
-    beside = [sizes[name] for name in names[len(main) :]]
+    beside = [size for name, size in sizes.items() if name not in roles.convs]
     if roles.is_preactivation:
         count = _preactivation_count(main, beside)
         return Traffic(*count, count.after)
@@ -156,7 +153,7 @@ def _dry_run(
     model: nn.Module, places: set[str], programs: Mapping[str, Program], example_input: Tensor
 ) -> tuple[dict[str, _Sizes], dict[str, _Counts]]:
     """Sizes of the modules at `places`, and counts of the programs, by path."""
-    stand_in = restore_classes(clone_modules(model)).eval()
+    stand_in = _copied_scripts(restore_classes(clone_modules(model))).eval()
     for module in stand_in.modules():
         _move_to_meta(module)
         for table in HOOK_TABLES:
@@ -179,6 +176,17 @@ def _dry_run(
             f"({type(error).__name__}: {str(error).strip()})"
         ) from error
     return sizes, counts
+
+
+def _copied_scripts(module: nn.Module) -> nn.Module:
+    """The module without a TorchScript module of the user's, which clones have in common."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return copy.deepcopy(module)
+    for parent in [*module.modules()]:
+        for name, child in parent._modules.items():
+            if isinstance(child, torch.jit.ScriptModule):
+                parent._modules[name] = copy.deepcopy(child)
+    return module
 
 
 def _move_to_meta(module: nn.Module) -> None:
