@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import resnet_fused as rf
 from resnet_fused import _extension, backends, direct, models, native, onednn
-from resnet_fused.conversion import explain, fuse
+from resnet_fused.conversion import explain, fuse, runtime_path
 from resnet_fused.conversion.advice import COMPILE
 from resnet_fused.conversion.explain import Row
 from resnet_fused.conversion.table import Line, table
@@ -193,6 +193,37 @@ def test_implementations_on_cpus() -> None:
         assert path_of(block.float()) == ("reference", "PyTorch", "float32", place)
     with rf.backend("triton"):
         assert path_of(block)[:2] == ("PyTorch", "PyTorch")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "is_available", "expected"),
+    [
+        ("reference", True, "cuDNN"),
+        ("reference", False, "PyTorch"),
+        ("cuda", True, "cuda"),
+        ("triton", True, "triton"),
+    ],
+)
+def test_convolutions_on_gpus(
+    chosen: str, is_available: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "chosen", lambda *_: chosen)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: is_available)
+    assert runtime_path._convolutions("cuda", torch.bfloat16, is_direct=True) == expected
+
+
+def test_an_add_is_where_its_module_is() -> None:
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(torch.tanh(torch.relu(self.first(x) + self.second(x))))
+
+    row = only_row(Adds().double().to("meta"))
+    assert (row.pattern, row.backend, row.dtype) == ("add+ReLU", "", "float64")
 
 
 def test_layout_inside_networks() -> None:

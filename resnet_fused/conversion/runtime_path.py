@@ -1,6 +1,6 @@
 """On what a block runs, here and now: backend, convolutions, dtype, layout."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -54,7 +54,8 @@ def runtime_paths(model: nn.Module, findings: Sequence[Finding]) -> list[Runtime
 
 def _path(finding: Finding, converts: bool, is_direct: bool) -> RuntimePath:
     layers = [*_layers(finding)]
-    tensors = [t for layer in layers for t in _tensors(layer)]
+    # An add has no layer of its own: it is where the rest of the module is.
+    tensors = _tensors(layers) or _tensors(finding.module.modules())
     dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors}
     dtype = dtypes.pop() if len(dtypes) == 1 else "mixed" if dtypes else ""
     device = tensors[0].device.type if tensors else "cpu"
@@ -147,7 +148,10 @@ def _layers(finding: Finding) -> Iterator[nn.Module]:
         yield from module.modules()
 
 
-def _tensors(layer: nn.Module) -> Iterator[Tensor]:
-    for tensor in (*layer._parameters.values(), *layer._buffers.values()):
-        if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
-            yield tensor
+def _tensors(layers: Iterable[nn.Module]) -> list[Tensor]:
+    return [
+        tensor
+        for layer in layers
+        for tensor in (*layer._parameters.values(), *layer._buffers.values())
+        if tensor is not None and (tensor.is_floating_point() or tensor.is_complex())
+    ]
