@@ -1,4 +1,4 @@
-"""A forward in which groups of layers are one call each, as source code over the original modules."""
+"""A forward in which groups of layers are one call each, as source over the original modules."""
 
 import functools
 import importlib
@@ -74,13 +74,14 @@ def make_program(trace: Trace, groups: Sequence[Group], rest: str) -> Program:
 @functools.cache
 def compiled(program: Program) -> Callable[[Any, Tensor], Any]:
     """The function `forward(self, x)` of a program."""
-    names = {
+    names: dict[str, Any] = {
         name: importlib.import_module(value.name) if isinstance(value, _Imported) else value
         for name, value in program.names
     }
     # Its own code, generated above from a graph; torch.fx runs graphs in the same way.
     exec(compile(program.source, "<resnet_fused program>", "exec"), names)  # noqa: S102
-    return names["forward"]
+    forward: Callable[[Any, Tensor], Any] = names["forward"]
+    return forward
 
 
 def _step(group: Group) -> Step:

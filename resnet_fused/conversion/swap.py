@@ -132,7 +132,7 @@ class FusedBlock(Fused):
         pairs, shortcut = parts_of(self, roles)
         if roles.is_preactivation:
             units = [(bn, conv) for conv, bn in pairs]
-            return preactivation_forward(x, units, shortcut)
+            return preactivation_forward(x, units, cast(nn.Module | None, shortcut))
         return residual_forward(x, pairs, shortcut, owner=self, mode=self.training_mode)
 
 
@@ -151,10 +151,10 @@ class FusedStage(Fused):
     """The forward of a Sequential of converted blocks."""
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        is_proven = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
         # Some blocks compute in the dtype of their input, which only the first of them can see.
-        if is_proven and computed_dtype(args[0]) == args[0].dtype:
-            out = run_blocks(args[0], [*self._modules.values()])  # type: ignore[list-item]
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if isinstance(x, Tensor) and computed_dtype(x) == x.dtype:
+            out = run_blocks(x, [*self._modules.values()])  # type: ignore[list-item]
             if out is not None:
                 return out
         return super().forward(*args, **kwargs)
@@ -276,7 +276,7 @@ def native_roles(module: nn.Module) -> Roles | None:
 @functools.cache
 def _fused_class(plan: Plan) -> type[nn.Module]:
     original, recipe = plan.original, plan.recipe
-    namespace = {"__doc__": original.__doc__, "__module__": __name__, "plan": plan}
+    namespace: dict[str, Any] = {"__doc__": original.__doc__, "__module__": __name__, "plan": plan}
     if isinstance(recipe, Program):
         namespace["program"] = staticmethod(compiled(recipe))
         pattern = "Graph"

@@ -110,7 +110,7 @@ def frozen(value: object) -> Hashable:
     """
     if isinstance(value, _CONSTANTS):
         return type(value), value
-    if isinstance(value, _NAMED) or isinstance(value, _BUILTIN):
+    if isinstance(value, (*_NAMED, *_BUILTIN)):
         return value
     if isinstance(value, functools.partial):
         return frozen([value.func, value.args, value.keywords])
@@ -140,7 +140,7 @@ class _StandIns:
             return module
         if id(module) in self._copies:
             return self._copies[id(module)]
-        copied = object.__new__(_recording_class(type(module)))
+        copied = object.__new__(_recording_class(type(module)))  # type: ignore[arg-type]
         self._copies[id(module)] = copied
         values = vars(copied)
         values.update({name: _shallow_copy(value) for name, value in vars(module).items()})
@@ -198,9 +198,9 @@ def _recording_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     def get_attribute(self: nn.Module, name: str) -> object:
         value = cls.__getattribute__(self, name)
-        if _active is not None and name in object.__getattribute__(self, "__dict__"):
-            if name == "training" or name not in _MODULE_ATTRIBUTES:
-                _active.read(self, name, value)
+        is_plain = name == "training" or name not in _MODULE_ATTRIBUTES
+        if _active is not None and is_plain and name in object.__getattribute__(self, "__dict__"):
+            _active.read(self, name, value)
         return value
 
     def get_child(self: nn.Module, name: str) -> object:
@@ -242,9 +242,9 @@ def _type_for_torch(self: object) -> type:
 class _Proxy(_InPlace, fx.Proxy):
     """A value that is not known yet, with the attributes of a tensor."""
 
-    __class__ = property(_type_for_torch)  # type: ignore[assignment]
+    __class__ = property(_type_for_torch)
 
-    def __getattr__(self, name: str) -> fx.Proxy:
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
         if not hasattr(Tensor, name):
             raise AttributeError(f"'Tensor' object has no attribute '{name}'")
         return _Attribute(self, name)
@@ -253,7 +253,7 @@ class _Proxy(_InPlace, fx.Proxy):
 class _Attribute(_InPlace, fx.proxy.Attribute):
     """An attribute of such a value."""
 
-    __class__ = property(_type_for_torch)  # type: ignore[assignment]
+    __class__ = property(_type_for_torch)
 
 
 class _OneArgument(nn.Module):
