@@ -8,7 +8,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from resnet_fused.conversion.layers import is_conv, is_norm
+from resnet_fused.conversion.layers import hook_on, is_conv, is_norm
+from resnet_fused.nn.batch_norm_act import is_batch_norm_act
+from resnet_fused.nn.frozen_batch_norm import is_frozen_batch_norm
 
 # Calls whose result is memory of its own. Whatever is missing here is taken to be a view.
 _FRESH_FUNCTIONS = {
@@ -87,8 +89,8 @@ class Effects:
             return True
         if node.op == "call_module":
             child = self._child(node)
-            is_layer = is_conv(child) or is_norm(child) or type(child) in _FRESH_MODULES
-            return is_layer and not getattr(child, "inplace", False)
+            is_layer = is_torch_conv_or_norm(child) or type(child) in _FRESH_MODULES
+            return is_layer and not (getattr(child, "inplace", False) or hook_on(child))
         if node.op == "call_method":
             return node.target in _FRESH_METHODS
         is_fresh = node.op == "call_function" and node.target in _FRESH_FUNCTIONS
@@ -96,19 +98,20 @@ class Effects:
 
     def _targets(self, node: fx.Node) -> list[fx.Node]:
         """The arguments of `node` that it may write to."""
-        first = [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
+        first: list[fx.Node] = []
+        fx.map_arg(node.args[:1], first.append)
         if node.op == "call_method":
-            name = str(node.target)
-            return first if name.endswith("_") and not name.endswith("__") else []
+            return first if str(node.target).endswith("_") else []
         if node.op == "call_function":
-            out = node.kwargs.get("out")
-            outputs = [out] if isinstance(out, fx.Node) else []
+            outputs: list[fx.Node] = []
+            fx.map_arg(node.kwargs.get("out"), outputs.append)
             if node.target in _IN_PLACE_FUNCTIONS or _is_flagged(node) or _ends_in_place(node):
                 return first + outputs
-            return outputs if _is_torch(node.target) else [*node.all_input_nodes]
+            is_pure = _is_torch(node.target) and not _is_mutable(node.target)
+            return outputs if is_pure else [*node.all_input_nodes]
         if node.op == "call_module":
             child = self._child(node)
-            if is_torch_layer(child) or is_conv(child) or is_norm(child):
+            if is_torch_layer(child) or is_torch_conv_or_norm(child):
                 return first if getattr(child, "inplace", False) else []
             return [*node.all_input_nodes] if self._may_write(str(node.target)) else []
         return []
@@ -120,6 +123,15 @@ _OUTSIDE = ("placeholder", "get_attr")
 def is_torch_layer(module: nn.Module) -> bool:
     """Whether `module` is one of torch.nn's own classes, and calls no other module."""
     return type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not module._modules
+
+
+def is_torch_conv_or_norm(module: nn.Module) -> bool:
+    """Whether `module` is a convolution or a batch norm whose forward is not somebody's own."""
+    if is_batch_norm_act(module) or is_frozen_batch_norm(module):
+        return True
+    forward = getattr(type(module), "forward", None)
+    is_own = not getattr(forward, "__module__", "").startswith("torch.")
+    return (is_conv(module) or is_norm(module)) and not (is_own or "forward" in vars(module))
 
 
 def is_in_place_add(node: fx.Node) -> bool:
@@ -135,8 +147,14 @@ def _is_flagged(node: fx.Node) -> bool:
 
 
 def _ends_in_place(node: fx.Node) -> bool:
-    name = getattr(node.target, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
+    return getattr(node.target, "__name__", "").endswith("_")
+
+
+def _is_mutable(target: Any) -> bool:
+    """Whether an operator of `torch.ops` says that it writes to an argument."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(_is_mutable(getattr(target, name)) for name in target.overloads())
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def _is_torch(target: Any) -> bool:

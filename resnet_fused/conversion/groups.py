@@ -65,6 +65,7 @@ class _Finder:
         self._effects = Effects(trace.graph, trace.module, may_write)
         self._module = trace.module
         self._calls = Counter(n.target for n in self._nodes if n.op == "call_module")
+        self._read = {str(n.target).rpartition(".")[0] for n in self._nodes if n.op == "get_attr"}
         self._may_fuse = may_fuse
         self._taken: set[fx.Node] = set()
 
@@ -153,7 +154,8 @@ class _Finder:
         path = str(node.target)
         module = self._module.get_submodule(path)
         has_parameters = is_conv(module) or is_norm(module)
-        if has_parameters and self._calls[path] > 1:
+        # Somebody may read the statistics between their update and the end of the group.
+        if has_parameters and (self._calls[path] > 1 or path in self._read):
             return None
         return path if accept(module) and self._may_fuse(path) else None
 

@@ -43,5 +43,7 @@ def why_not_layer(module: nn.Module, registrations: Registrations, path: str) ->
         others = registrations.others(module, path)
         if others:
             return f"is shared: it is also {others[0]}"
+    if "forward" in vars(module):
+        return "has its own forward, set on the instance"
     hook = hook_on(module)
     return None if hook is None else f"has a {hook}, which would no longer run"

@@ -13,7 +13,8 @@ from resnet_fused.conversion.effects import is_in_place_add
 from resnet_fused.conversion.groups import RELU, is_add, is_unary
 from resnet_fused.conversion.layers import is_conv, is_norm, norm_includes_relu
 from resnet_fused.conversion.roles import Roles
-from resnet_fused.conversion.tracing import NotProvenError, Trace
+from resnet_fused.conversion.stand_ins import NotProvenError
+from resnet_fused.conversion.tracing import Trace
 
 _CLONE: set[object] = {torch.clone, "clone"}
 _FLATTEN: set[object] = {torch.flatten, "flatten"}

@@ -1,4 +1,4 @@
-"""Every place in a model that this library can run, or that looks like it, with the verdict on it."""
+"""Every place in a model that this library can run, or that looks like it, with the verdict."""
 
 import functools
 from typing import NamedTuple
@@ -6,22 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from resnet_fused.conversion.effects import Effects, is_torch_layer
+from resnet_fused.conversion.effects import Effects, is_torch_conv_or_norm, is_torch_layer
 from resnet_fused.conversion.groups import Group, find_groups, is_add
 from resnet_fused.conversion.layers import hook_on, is_conv, is_lazy, is_norm
 from resnet_fused.conversion.obstacles import Registrations, obstacle, why_not_layer
 from resnet_fused.conversion.program import Program, make_program
 from resnet_fused.conversion.proof import prove_block, prove_network
 from resnet_fused.conversion.roles import Roles
+from resnet_fused.conversion.stand_ins import Attribute, NotProvenError, join
 from resnet_fused.conversion.swap import is_stage, native_roles, parts_of, plan_of
-from resnet_fused.conversion.tracing import (
-    Attribute,
-    NotProvenError,
-    Trace,
-    join,
-    trace,
-    trace_once,
-)
+from resnet_fused.conversion.tracing import Trace, trace, trace_once
 from resnet_fused.nn.pairs import as_pair, is_plain_conv
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -122,10 +116,10 @@ class _Survey:
             raise NotProvenError(
                 "a torch.fx graph calls its layers (fuse the model before tracing)"
             )
-        if not self._is_worth_tracing(path):
-            return
         if "forward" in vars(module):
             raise NotProvenError("the instance has its own forward")
+        if not self._is_worth_tracing(path):
+            return
         try:
             found = self._trace_of(path)
             if path not in self._candidates and not any(map(is_add, found.graph.nodes)):
@@ -207,14 +201,14 @@ class _Survey:
     def _program(self, path: str) -> tuple[Program, tuple[Attribute, ...]] | None:
         """The forward of the module with the groups of layers fused that no module below has."""
         module = self._modules[path]
-        if not self._is_worth_tracing(path) or "forward" in vars(module):
+        if not self._is_worth_tracing(path):
             return None
         if any(map(is_lazy, module.modules())):
             return None
         try:
             self._trace_of(path)
             everything = self._inlinable(path)
-            groups = self._groups(path, self._open(path, everything, once=True))
+            groups = self._groups(path, self._open(path, everything, module.training))
             inlined = _needed(groups)
             if inlined is None:
                 return None
@@ -247,13 +241,16 @@ class _Survey:
             raise found
         return found
 
-    def _open(self, path: str, inlined: frozenset[str], once: bool = False) -> Trace:
-        """The trace with the modules at `inlined` taken apart, but those that prevent it."""
+    def _open(self, path: str, inlined: frozenset[str], training: bool | None = None) -> Trace:
+        """The trace with the modules at `inlined` taken apart, but those that prevent it.
+
+        training: the only mode to trace in; None for all of them.
+        """
         module = self._modules[path]
         while True:
             try:
-                if once:
-                    return trace_once(module, inlined, module.training)
+                if training is not None:
+                    return trace_once(module, inlined, training)
                 return trace(module, inlined)
             except NotProvenError as error:
                 if error.path not in inlined:
@@ -293,6 +290,8 @@ class _Survey:
         module = self._modules[path]
         if isinstance(module, torch.jit.ScriptModule | nn.ModuleList | nn.ModuleDict):
             return False
+        if "forward" in vars(module):  # it may be bound to the module itself, not to a stand-in
+            return False
         if is_torch_layer(module) or is_conv(module) or is_norm(module):
             return False
         if type(module).__module__.startswith("torch.") and type(module) is not nn.Sequential:
@@ -309,18 +308,22 @@ class _Survey:
         module = self._modules.get(place)
         if module is None:
             return True
-        if is_torch_layer(module) or is_conv(module) or is_norm(module):
+        if is_torch_layer(module) or is_torch_conv_or_norm(module):
             return bool(getattr(module, "inplace", False))
         if isinstance(module, torch.jit.ScriptModule):
             return True
-        if plan_of(module) is not None or native_roles(module) is not None:
+        plan = plan_of(module)
+        if (plan is not None and isinstance(plan.recipe, Roles)) or native_roles(module):
             return False
-        try:
-            inside = self._open(place, self._all_inside(place), once=True)
-        except NotProvenError:
-            return True
         may_write = functools.partial(self._may_write, place)
-        return Effects(inside.graph, inside.module, may_write).writes_to_input()
+        for training in (True, False):
+            try:
+                inside = self._open(place, self._all_inside(place), training)
+            except NotProvenError:
+                return True
+            if Effects(inside.graph, inside.module, may_write).writes_to_input():
+                return True
+        return False
 
     def _all_inside(self, path: str) -> frozenset[str]:
         module = self._modules[path]
@@ -329,7 +332,8 @@ class _Survey:
             for name, inner in module.named_modules()
             if name
             and hook_on(inner) is None
-            and not (is_torch_layer(inner) or is_conv(inner) or is_norm(inner))
+            and "forward" not in vars(inner)
+            and not (is_torch_layer(inner) or is_torch_conv_or_norm(inner))
         )
 
 

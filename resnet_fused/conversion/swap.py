@@ -2,15 +2,21 @@
 
 import functools
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from resnet_fused.conversion.program import Program, compiled
 from resnet_fused.conversion.roles import Roles
-from resnet_fused.conversion.tracing import Attribute, NotProvenError, frozen
+from resnet_fused.conversion.stand_ins import (
+    Attribute,
+    NotProvenError,
+    original_class,
+    reading,
+)
 from resnet_fused.models import ResNet
 from resnet_fused.models.stages import planned_forwards, run_blocks, stage_forwards
 from resnet_fused.nn import (
@@ -30,9 +36,9 @@ from resnet_fused.nn.preactivation_blocks import preactivation_forward
 class Proof(NamedTuple):
     """What must be as it was at conversion, for a recipe to hold.
 
-    children: by path of each module that is not called any more, and of the module itself (""): the
-    name and class of every child. silent: paths of modules that are not called any more.
-    attributes: plain ones that the forwards read.
+    children: by path of the module itself (""), and of each module whose children are called in its
+    place or were looked up: the name and class of every child. silent: paths of modules that are
+    not called any more. attributes: plain ones that the forwards read.
     """
 
     children: tuple[tuple[str, tuple[tuple[str, type], ...]], ...]
@@ -51,18 +57,22 @@ class Plan(NamedTuple):
 class Fused(nn.Module):
     """What fused classes have in common; the original class is their next base class."""
 
-    plan: Plan
+    _resnet_fused_plan: Plan
+    _resnet_fused_original: type[nn.Module]
+
+    def __init_subclass__(cls, **_: object) -> None:
+        """Not that of the original class: nobody has derived from it."""
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         # The class cannot be found by name: it is made again from the plan.
         reduced = super().__reduce_ex__(max(int(protocol), 2))
         if isinstance(reduced, tuple) and reduced[1] == (type(self),):
-            return _rebuild, (self.plan,), *reduced[2:]
+            return _rebuild, (self._resnet_fused_plan,), *reduced[2:]
         return reduced
 
     def _is_as_proven(self) -> bool:
         """Whether everything is as at conversion, and nobody listens to what is not called."""
-        proof = type(self).plan.proof
+        proof = type(self)._resnet_fused_plan.proof
         try:
             return (
                 all(_has_children(_at(self, path), named) for path, named in proof.children)
@@ -74,7 +84,8 @@ class Fused(nn.Module):
 
     def _has_proven_attributes(self) -> bool:
         """Whether the attributes that the original forward reads are as at conversion."""
-        return all(_has_value(_at(self, a.path), a) for a in type(self).plan.proof.attributes)
+        attributes = type(self)._resnet_fused_plan.proof.attributes
+        return all(_has_value(_at(self, a.path), a) for a in attributes)
 
 
 def _at(module: nn.Module, path: str) -> nn.Module:
@@ -97,14 +108,9 @@ def _same_kind(cls: type, other: type) -> bool:
 
 def _has_value(module: nn.Module, attribute: Attribute) -> bool:
     try:
-        return frozen(vars(module)[attribute.name]) == attribute.value
-    except (KeyError, NotProvenError):
+        return reading(module, attribute.name, original_class(module)) == attribute.value
+    except NotProvenError:
         return False
-
-
-def original_class(module: nn.Module | None) -> type:
-    """The class of the module before conversion."""
-    return type(module).plan.original if isinstance(module, Fused) else type(module)
 
 
 class FusedBlock(Fused):
@@ -176,9 +182,11 @@ class FusedGraph(Fused):
     """A forward in which groups of layers are fused."""
 
     def forward(self, *args: object, **kwargs: object) -> object:
+        # Modules that are left out cannot be traced, and no hook of all modules hears of them.
+        is_plain = torch._C._get_tracing_state() is None and not torch_module._has_any_global_hook()
         is_proven = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        if is_proven and torch._C._get_tracing_state() is None and self._is_as_proven():
-            return type(self).program(self, args[0])  # type: ignore[attr-defined]
+        if is_proven and is_plain and self._is_as_proven():
+            return type(self)._resnet_fused_program(self, args[0])  # type: ignore[attr-defined]
         return super().forward(*args, **kwargs)
 
 
@@ -209,9 +217,11 @@ def swap_in(module: nn.Module, recipe: Roles | Program, attributes: Sequence[Att
 
     attributes: what the forwards behind the recipe were seen to read.
     """
-    paths = [path for path in recipe.bypassed if _at(module, path)._modules]
-    children = [(path, _children_of(_at(module, path))) for path in ("", *paths)]
-    proof = Proof(tuple(children), recipe.bypassed, tuple(attributes))
+    opened = {"", *(path for path in recipe.bypassed if _at(module, path)._modules)}
+    opened |= {attribute.path for attribute in attributes if attribute.name == "_modules"}
+    children = [(path, _children_of(_at(module, path))) for path in sorted(opened)]
+    plain = tuple(attribute for attribute in attributes if attribute.name != "_modules")
+    proof = Proof(tuple(children), recipe.bypassed, plain)
     module.__class__ = _fused_class(Plan(type(module), recipe, proof))
 
 
@@ -241,12 +251,12 @@ def swap_out(module: nn.Module) -> None:
 
 def plan_of(module: nn.Module) -> Plan | None:
     """How the module was fused; None if it was not."""
-    return type(module).plan if isinstance(module, Fused) else None
+    return type(module)._resnet_fused_plan if isinstance(module, Fused) else None
 
 
 def roles_of(block: nn.Module) -> Roles:
     """The roles in a block that was converted by them."""
-    return cast(Roles, type(block).plan.recipe)  # type: ignore[attr-defined]
+    return cast(Roles, type(block)._resnet_fused_plan.recipe)  # type: ignore[attr-defined]
 
 
 def parts_of(block: nn.Module, roles: Roles) -> chains.Parts:
@@ -276,9 +286,11 @@ def native_roles(module: nn.Module) -> Roles | None:
 @functools.cache
 def _fused_class(plan: Plan) -> type[nn.Module]:
     original, recipe = plan.original, plan.recipe
-    namespace: dict[str, Any] = {"__doc__": original.__doc__, "__module__": __name__, "plan": plan}
+    namespace: dict[str, Any] = {"__doc__": original.__doc__, "__module__": __name__}
+    namespace |= {"_resnet_fused_plan": plan, "_resnet_fused_original": original}
     if isinstance(recipe, Program):
-        namespace["program"] = staticmethod(compiled(recipe))
+        namespace["_resnet_fused_program"] = staticmethod(compiled(recipe))
+        namespace["forward"] = _with_signature_of(original.forward)
         pattern = "Graph"
     else:
         pattern = recipe.pattern
@@ -287,6 +299,16 @@ def _fused_class(plan: Plan) -> type[nn.Module]:
     bases = (mixin, original) if issubclass(original, ours) else (mixin, original, ours)
     name = f"Fused{original.__name__}"
     return types.new_class(name, bases, exec_body=lambda body: body.update(namespace))
+
+
+def _with_signature_of(original: Callable[..., object]) -> Callable[..., object]:
+    """The forward of a fused graph; those who ask for its arguments see those of the original."""
+
+    @functools.wraps(original)
+    def forward(self: FusedGraph, *args: object, **kwargs: object) -> object:
+        return FusedGraph.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _rebuild(plan: Plan) -> nn.Module:

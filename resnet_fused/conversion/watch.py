@@ -1,0 +1,197 @@
+"""What the code of a forward touches besides its arguments, seen while the interpreter runs it.
+
+A forward that reads a global variable, a variable of an enclosing function, the clock or the class
+of a tensor, that prints, warns, logs, or handles an exception, may do another thing at its next
+call. None of this shows in a graph of tensors.
+"""
+
+import dis
+import enum
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+# Code that is trusted to give the same for the same arguments; it is not watched.
+_TRUSTED = {"torch", "resnet_fused", "numpy", "math"}
+_HARMLESS_LIBRARY = {
+    *("abc", "builtins", "collections", "contextlib", "dataclasses", "enum", "functools"),
+    *("itertools", "math", "numbers", "operator", "types", "typing"),
+    *("_collections", "_collections_abc", "_functools", "_operator"),
+}
+_REFUSED_BUILTINS = {
+    *("type", "id", "callable", "print", "input", "open", "exec", "eval", "compile"),
+    *("globals", "locals", "vars", "dir", "breakpoint", "__import__"),
+}
+# Functions of PyTorch whose answers change, or are others for what stands for a tensor here.
+_QUESTIONS = {
+    *("is_compiling", "is_dynamo_compiling", "is_exporting", "is_in_onnx_export", "is_tensor"),
+    *("get_default_dtype", "get_default_device"),
+}
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_VALUES = (torch.dtype, torch.device, torch.memory_format, torch.layout, enum.Enum)
+
+
+class Watch:
+    """Calls `refuse` with a text at the first such thing, before it happens, in this thread.
+
+    handled: the name of an exception that was raised in watched code, "" if none was.
+    """
+
+    def __init__(self, refuse: Callable[[str], object]) -> None:
+        self._refuse = refuse
+        self.handled = ""
+
+    def __enter__(self) -> "Watch":
+        self._previous = sys.gettrace()
+        sys.settrace(self._on_call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._previous)
+
+    def _on_call(self, frame: types.FrameType, event: str, arg: Any) -> Any:
+        if not is_foreign(frame):
+            return None
+        frame.f_trace_opcodes = True
+        return self._on_event
+
+    def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> Any:
+        if event == "opcode":
+            access = _accesses(frame.f_code).get(frame.f_lasti)
+            reason = None if access is None else _why_not(access, frame)
+            if reason is not None:
+                self._refuse(reason)
+        elif event == "exception" and not issubclass(arg[0], StopIteration | GeneratorExit):
+            self.handled = arg[0].__name__
+        return self._on_event
+
+
+def is_foreign(frame: types.FrameType) -> bool:
+    """Whether the code that runs in `frame` is neither PyTorch's, nor ours, nor Python's own."""
+    root = _root(frame.f_globals.get("__name__"))
+    return root not in _TRUSTED and root not in sys.stdlib_module_names
+
+
+def is_harmless(value: object) -> bool:
+    """Whether a function or class gives the same for the same arguments, as far as can be told."""
+    if isinstance(value, type) and issubclass(value, torch.autograd.Function):
+        return False
+    if getattr(value, "__name__", "") in _REFUSED_BUILTINS | _QUESTIONS:
+        return False
+    return _is_harmless(getattr(value, "__module__", None) or "")
+
+
+class _Access(NamedTuple):
+    """kind: of an instruction; name: of what it accesses; chain: attributes read of that next."""
+
+    kind: str
+    name: str
+    chain: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def _accesses(code: types.CodeType) -> dict[int, _Access]:
+    """By offset: the instructions that access anything but arguments and local variables."""
+    found = {}
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in _SILENT]
+    for position, instruction in enumerate(instructions):
+        kind = _KINDS.get(instruction.opname)
+        if kind == "is" and instructions[position - 1].opname == "LOAD_CONST":
+            continue
+        if kind is not None:
+            chain = tuple(_chain(instructions[position + 1 :]))
+            found[instruction.offset] = _Access(kind, str(instruction.argval), chain)
+    return found
+
+
+_KINDS = {
+    "LOAD_GLOBAL": "global",
+    "LOAD_NAME": "global",
+    "STORE_GLOBAL": "change",
+    "DELETE_GLOBAL": "change",
+    "LOAD_DEREF": "closure",
+    "LOAD_CLASSDEREF": "closure",
+    "STORE_DEREF": "change of closure",
+    "DELETE_DEREF": "change of closure",
+    "IMPORT_NAME": "import",
+    "IS_OP": "is",
+}
+_SILENT = {"CACHE", "PRECALL", "EXTENDED_ARG", "NOP", "RESUME"}
+
+
+def _chain(instructions: list[dis.Instruction]) -> Iterator[str]:
+    for instruction in instructions:
+        if instruction.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+            return
+        yield instruction.argval
+
+
+def _why_not(access: _Access, frame: types.FrameType) -> str | None:
+    kind, name, chain = access
+    if kind == "is":
+        return "it asks whether two values are the same object"
+    if kind == "import":
+        return None if _is_harmless(name) else f"it imports {name}"
+    if kind == "change":
+        return f"it changes the global variable {name}"
+    if kind == "global":
+        if name not in frame.f_globals:
+            return f"it calls {name}" if name in _REFUSED_BUILTINS else None
+        return _why_not_value(frame.f_globals[name], name, chain)
+    if name not in frame.f_code.co_freevars or _is_local_to_caller(name, frame.f_back):
+        return None
+    if kind == "change of closure":
+        return f"it changes the variable {name} of an enclosing function"
+    return _why_not_value(frame.f_locals.get(name), name, chain, "of an enclosing function")
+
+
+def _why_not_value(value: object, name: str, chain: tuple[str, ...], where: str = "") -> str | None:
+    """Why the value of a variable outside of the forward, or what is read of it, may change."""
+    if isinstance(value, types.ModuleType | type):
+        source = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
+    elif isinstance(value, _FUNCTIONS) or type(value).__module__.startswith("torch."):
+        source = getattr(value, "__module__", None) or ""
+    elif isinstance(value, _VALUES):
+        return None
+    else:
+        return f"it reads the variable {name}{f' {where}' if where else ', which is global'}"
+    if isinstance(value, torch.Tensor | torch.nn.Module):
+        return f"it reads the variable {name}, a {type(value).__name__} outside of the module"
+    if isinstance(value, type) and issubclass(value, torch.autograd.Function):
+        return f"it calls {name}, an autograd function of its own"
+    asked = _QUESTIONS & {*chain, getattr(value, "__name__", "")}
+    if asked and _root(source) in ("torch", ""):
+        return f"it calls {min(asked)}"
+    if not _is_harmless(source):
+        return f"it uses {'.'.join((name, *chain))}"
+    is_container = isinstance(value, types.ModuleType | type)
+    if chain and is_container and _root(source) not in {*_TRUSTED, *sys.stdlib_module_names}:
+        inner = inspect.getattr_static(value, chain[0], None)
+        if not isinstance(inner, staticmethod | classmethod | property | None):
+            return _why_not_value(inner, f"{name}.{chain[0]}", chain[1:], where)
+    return None
+
+
+def _is_harmless(source: str) -> bool:
+    root = _root(source)
+    return root in _HARMLESS_LIBRARY or root not in sys.stdlib_module_names
+
+
+def _is_local_to_caller(name: str, frame: types.FrameType | None) -> bool:
+    """Whether an enclosing function that is running has this variable, which lives no longer."""
+    if name == "__class__":
+        return True
+    while frame is not None and _root(frame.f_globals.get("__name__")) != "resnet_fused":
+        if name in frame.f_code.co_cellvars:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _root(name: object) -> str:
+    return str(name or "").partition(".")[0]
