@@ -54,11 +54,16 @@ class Effects:
                 for source in node.all_input_nodes:
                     self._memory[self._root(source)] = self._root(node)
 
+    def reads(self, node: fx.Node, value: fx.Node) -> bool:
+        """Whether `node` may see what is in the memory of `value`, or change it."""
+        memory = self._root(value)
+        return any(self._root(source) is memory for source in node.all_input_nodes)
+
     def writes(self, node: fx.Node, value: fx.Node) -> bool:
         """Whether `node` may change `value`."""
-        memory = self._root(value)
-        if all(self._root(source) is not memory for source in node.all_input_nodes):
+        if not self.reads(node, value):
             return False
+        memory = self._root(value)
         return any(self._root(target) is memory for target in self._targets(node))
 
     def writes_to_input(self) -> bool:

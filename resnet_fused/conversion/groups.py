@@ -3,7 +3,7 @@
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import fx, nn
@@ -21,7 +21,7 @@ class Group(NamedTuple):
     """Nodes that become one: in data-flow order, conv, norm, add, relu, pool as far as there.
 
     nodes: all of them, and identities between. The last one's value is the group's. conv, norm,
-    pool: paths of modules, or None. x, residual: nodes that it reads.
+    pool: paths of modules, or what else names a layer, or None. x, residual: nodes that it reads.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -46,27 +46,47 @@ class Group(NamedTuple):
         return "+".join(name for name, part in parts.items() if part is not None)
 
 
+class Layers(Protocol):
+    """What the nodes of a graph are, each as one layer with one tensor as its first argument."""
+
+    def conv(self, node: fx.Node) -> str | None:
+        """The name of the convolution that may be fused, None if it is none; so below."""
+
+    def norm(self, node: fx.Node) -> str | None: ...
+
+    def pool(self, node: fx.Node) -> str | None: ...
+
+    def is_relu(self, node: fx.Node) -> bool: ...
+
+    def is_identity(self, node: fx.Node) -> bool: ...
+
+    def includes_relu(self, norm: str) -> bool: ...
+
+    def accepts(self, group: Group) -> bool:
+        """Whether there is a fused operator for the group, as far as one can tell by now."""
+
+
 def find_groups(
     trace: Trace, may_fuse: Callable[[str], bool], may_write: Callable[[str], bool]
 ) -> list[Group]:
-    """The groups of a graph, in its order; no node is in two of them.
+    """The groups of a graph of modules, in its order; no node is in two of them.
 
     may_fuse, may_write: whether the module at a path may be left uncalled, may change its input.
     """
-    return list(_Finder(trace, may_fuse, may_write).groups())
+    effects = Effects(trace.graph, trace.module, may_write)
+    return find_groups_of(_ModuleLayers(trace, may_fuse), trace.graph, effects)
+
+
+def find_groups_of(layers: Layers, graph: fx.Graph, effects: Effects) -> list[Group]:
+    """The groups of a graph, in its order; no node is in two of them."""
+    return list(_Finder(layers, graph, effects).groups())
 
 
 class _Finder:
-    def __init__(
-        self, trace: Trace, may_fuse: Callable[[str], bool], may_write: Callable[[str], bool]
-    ) -> None:
-        self._nodes = list(trace.graph.nodes)
+    def __init__(self, layers: Layers, graph: fx.Graph, effects: Effects) -> None:
+        self._layers, self._effects = layers, effects
+        self._nodes = list(graph.nodes)
         self._position = {node: i for i, node in enumerate(self._nodes)}
-        self._effects = Effects(trace.graph, trace.module, may_write)
-        self._module = trace.module
-        self._calls = Counter(n.target for n in self._nodes if n.op == "call_module")
-        self._read = {str(n.target).rpartition(".")[0] for n in self._nodes if n.op == "get_attr"}
-        self._may_fuse = may_fuse
         self._taken: set[fx.Node] = set()
 
     def groups(self) -> Iterator[Group]:
@@ -74,21 +94,21 @@ class _Finder:
             if start in self._taken:
                 continue
             for group in self._candidates(start):
-                if not self._is_disturbed(group):
+                if not self._is_disturbed(group) and self._layers.accepts(group):
                     self._taken.update(group.nodes)
                     yield group
                     break
 
     def _candidates(self, start: fx.Node) -> Iterator[Group]:
         """What could start at `start`, best first."""
-        conv = self._path(start, is_conv)
+        conv, norm = self._layers.conv(start), self._layers.norm(start)
         if conv is not None:
             after, skipped = self._next(start)
-            norm = after is not None and self._path(after, is_norm)
-            if norm:
+            norm = None if after is None else self._layers.norm(after)
+            if after is not None and norm is not None:
                 yield from self._with_end((start, *skipped, after), conv, norm)
-        elif self._path(start, is_norm) is not None:
-            yield from self._with_end((start,), None, self._path(start, is_norm))
+        elif norm is not None:
+            yield from self._with_end((start,), None, norm)
         elif is_add(start):
             yield from self._with_end((start,), None, None)
 
@@ -111,7 +131,7 @@ class _Finder:
         if norm is None:
             x, residual = nodes[0].args[:2]
             in_place = is_in_place_add(nodes[0])
-        relu = norm is not None and norm_includes_relu(self._module.get_submodule(norm))
+        relu = norm is not None and self._layers.includes_relu(norm)
         return Group(nodes, x, conv, norm, residual, in_place, relu, None)  # type: ignore[arg-type]
 
     def _longer(self, group: Group) -> Group | None:
@@ -127,9 +147,9 @@ class _Finder:
                 return None
             residual = second if first is value else first
             return group._replace(nodes=nodes, residual=residual, in_place=is_in_place_add(after))
-        if self._is_relu(after) and not group.relu:
+        if self._layers.is_relu(after) and not group.relu:
             return group._replace(nodes=nodes, relu=True)
-        pool = self._path(after, lambda module: type(module) is nn.MaxPool2d)
+        pool = self._layers.pool(after)
         is_stem = group.conv is not None and group.relu and group.residual is None
         if pool is not None and is_stem and group.pool is None:
             return group._replace(nodes=nodes, pool=pool)
@@ -142,14 +162,68 @@ class _Finder:
             (node,) = node.users
             if node.op == "output" or node in self._taken:
                 break
-            if self._path(node, lambda module: type(module) is nn.Identity) is None:
+            if not self._layers.is_identity(node):
                 return node, skipped
             skipped += (node,)
         return None, ()
 
+    def _is_disturbed(self, group: Group) -> bool:
+        """Whether it would read what another node has changed meanwhile, or hide a change.
+
+        It reads its inputs, and writes to those that it changes, where its last node stands.
+        """
+        end = self._position[group.nodes[-1]]
+        for node in group.nodes:
+            between = self._nodes[self._position[node] + 1 : end]
+            others = [other for other in between if other not in group.nodes]
+            for value in node.all_input_nodes:
+                if value in group.nodes:
+                    continue
+                is_changed = self._effects.writes(node, value)
+                touches = self._effects.reads if is_changed else self._effects.writes
+                if any(touches(other, value) for other in others):
+                    return True
+        if group.norm is None and group.in_place:
+            return not self._effects.is_alone(group.x)
+        return False
+
+
+class _ModuleLayers:
+    """Layers that are modules, called where they stand in `trace.module`."""
+
+    def __init__(self, trace: Trace, may_fuse: Callable[[str], bool]) -> None:
+        self._module, self._may_fuse = trace.module, may_fuse
+        nodes = trace.graph.nodes
+        self._calls = Counter(n.target for n in nodes if n.op == "call_module")
+        self._read = {str(n.target).rpartition(".")[0] for n in nodes if n.op == "get_attr"}
+
+    def conv(self, node: fx.Node) -> str | None:
+        return self._path(node, is_conv)
+
+    def norm(self, node: fx.Node) -> str | None:
+        return self._path(node, is_norm)
+
+    def pool(self, node: fx.Node) -> str | None:
+        return self._path(node, lambda module: type(module) is nn.MaxPool2d)
+
+    def is_relu(self, node: fx.Node) -> bool:
+        return self._is_a(node, nn.ReLU) or is_relu_call(node)
+
+    def is_identity(self, node: fx.Node) -> bool:
+        return self._is_a(node, nn.Identity)
+
+    def includes_relu(self, norm: str) -> bool:
+        return norm_includes_relu(self._module.get_submodule(norm))
+
+    def accepts(self, group: Group) -> bool:
+        return True  # `graph_steps` decide at each call
+
+    def _is_a(self, node: fx.Node, cls: type[nn.Module]) -> bool:
+        return self._path(node, lambda module: type(module) is cls) is not None
+
     def _path(self, node: fx.Node, accept: Callable[[nn.Module], bool]) -> str | None:
         """The path of the module that `node` calls with one tensor, if it may be left uncalled."""
-        if node.op != "call_module" or not is_unary(node) or node in self._taken:
+        if node.op != "call_module" or not is_unary(node):
             return None
         path = str(node.target)
         module = self._module.get_submodule(path)
@@ -159,34 +233,18 @@ class _Finder:
             return None
         return path if accept(module) and self._may_fuse(path) else None
 
-    def _is_relu(self, node: fx.Node) -> bool:
-        if self._path(node, lambda module: type(module) is nn.ReLU) is not None:
-            return True
-        return node.op != "call_module" and node.target in RELU and is_unary(node, flag="inplace")
-
-    def _is_disturbed(self, group: Group) -> bool:
-        """Whether it would read what another node has changed meanwhile, or hide a change.
-
-        It reads its inputs where its last node stands.
-        """
-        reads = {group.nodes[0]: group.x}
-        if group.residual is not None:
-            reads[next(n for n in group.nodes if is_add(n))] = group.residual
-        end = self._position[group.nodes[-1]]
-        for reader, value in reads.items():
-            between = self._nodes[self._position[reader] + 1 : end]
-            if any(self._effects.writes(n, value) for n in between if n not in group.nodes):
-                return True
-        if group.norm is None and group.in_place:
-            return not self._effects.is_alone(group.x)
-        return False
-
 
 def is_add(node: fx.Node) -> bool:
     """Whether `node` adds two values, and does nothing else."""
     is_sum = node.op in ("call_function", "call_method") and node.target in ADD
     both = len(node.args) == 2 and all(isinstance(arg, fx.Node) for arg in node.args)
     return is_sum and both and not node.kwargs
+
+
+def is_relu_call(node: fx.Node) -> bool:
+    """Whether `node` is a ReLU, called as a function or method."""
+    is_call = node.op in ("call_function", "call_method")
+    return is_call and node.target in RELU and is_unary(node, flag="inplace")
 
 
 def is_unary(node: fx.Node, flag: str | None = None) -> bool:
