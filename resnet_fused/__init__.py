@@ -8,8 +8,11 @@ try:
     from resnet_fused import models, nn, ops
     from resnet_fused.backends import backend
     from resnet_fused.conversion import explain, fuse, unfuse
+    from resnet_fused.conversion.dynamo import register_backend
     from resnet_fused.decompositions import decompositions
     from resnet_fused.nn import TrainingMode
+
+    register_backend()
 except (ImportError, OSError):
     # `python -m resnet_fused doctor` has to be able to say what is wrong with PyTorch.
     if sys.argv[:1] != ["-m"]:

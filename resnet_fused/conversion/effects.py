@@ -5,8 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from resnet_fused.conversion.layers import hook_on, is_conv, is_norm
 from resnet_fused.nn.batch_norm_act import is_batch_norm_act
@@ -26,6 +28,7 @@ _FRESH_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish),
     *(nn.Hardsigmoid, nn.GroupNorm, nn.LayerNorm),
 )
+_RUNNING = ("running_mean", "running_var")
 _IN_PLACE_FUNCTIONS = {
     getattr(operator, name)
     for name in (
@@ -50,9 +53,8 @@ class Effects:
         self._memory: dict[fx.Node, fx.Node] = {}
         for node in self._nodes:
             self._memory[node] = node
-            if not self._is_fresh(node):
-                for source in node.all_input_nodes:
-                    self._memory[self._root(source)] = self._root(node)
+            for source in self._sources(node):
+                self._memory[self._root(source)] = self._root(node)
 
     def reads(self, node: fx.Node, value: fx.Node) -> bool:
         """Whether `node` may see what is in the memory of `value`, or change it."""
@@ -81,6 +83,10 @@ class Effects:
                 chain.add(other)
         return len(node.users) == 1 and len(chain) == len(sharers)
 
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        """Earlier nodes whose memory the value of `node` may be in."""
+        return [] if self._is_fresh(node) else node.all_input_nodes
+
     def _root(self, node: fx.Node) -> fx.Node:
         while self._memory[node] is not node:
             node = self._memory[node]
@@ -103,13 +109,29 @@ class Effects:
 
     def _targets(self, node: fx.Node) -> list[fx.Node]:
         """The arguments of `node` that it may write to."""
+<<<<<<< HEAD
         first: list[fx.Node] = []
         fx.map_arg(node.args[:1], first.append)
+=======
+        first = _nodes_in(node.args[:1])
+>>>>>>> ee404d7 (torch.compile(backend="resnet_fused"): the groups of layers in what Dynamo captures run fused, for models whose forward fuse cannot read)
         if node.op == "call_method":
             return first if str(node.target).endswith("_") else []
         if node.op == "call_function":
+<<<<<<< HEAD
             outputs: list[fx.Node] = []
             fx.map_arg(node.kwargs.get("out"), outputs.append)
+=======
+            if isinstance(node.target, torch._ops.OpOverload):
+                return _written(node, node.target)
+            if isinstance(node.target, torch._ops.OperatorBase | torch._ops.OpOverloadPacket):
+                return [*node.all_input_nodes]  # it may be a graph of its own
+            if node.target is F.batch_norm:
+                running = (*node.args[1:3], *map(node.kwargs.get, _RUNNING))
+                return [value for value in running if isinstance(value, fx.Node)]
+            out = node.kwargs.get("out")
+            outputs = [out] if isinstance(out, fx.Node) else []
+>>>>>>> ee404d7 (torch.compile(backend="resnet_fused"): the groups of layers in what Dynamo captures run fused, for models whose forward fuse cannot read)
             if node.target in _IN_PLACE_FUNCTIONS or _is_flagged(node) or _ends_in_place(node):
                 return first + outputs
             is_pure = _is_torch(node.target) and not _is_mutable(node.target)
@@ -120,6 +142,22 @@ class Effects:
                 return first if getattr(child, "inplace", False) else []
             return [*node.all_input_nodes] if self._may_write(str(node.target)) else []
         return []
+
+
+class CapturedEffects(Effects):
+    """Of the nodes of a graph that Dynamo has captured: fake tensors tell what shares memory."""
+
+    def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
+        self._first: dict[int, fx.Node] = {}
+        super().__init__(graph, module, lambda _: True)
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        leaves = pytree.tree_leaves(node.meta.get("example_value"))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if not all(isinstance(tensor, FakeTensor) for tensor in tensors):
+            return super()._sources(node)
+        storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+        return [self._first.setdefault(storage, node) for storage in storages]
 
 
 _OUTSIDE = ("placeholder", "get_attr")
@@ -142,6 +180,18 @@ def is_torch_conv_or_norm(module: nn.Module) -> bool:
 def is_in_place_add(node: fx.Node) -> bool:
     """Whether the addition that `node` is writes to its first operand."""
     return node.target is operator.iadd or node.target == "add_"
+
+
+def _written(node: fx.Node, operator: torch._ops.OpOverload) -> list[fx.Node]:
+    """The arguments of `node` that its operator writes to, by the schema."""
+    parameters = operator._schema.arguments
+    values = [*zip(parameters, node.args, strict=False)]
+    values += [(p, node.kwargs[p.name]) for p in parameters if p.name in node.kwargs]
+    return _nodes_in([value for p, value in values if p.is_write])
+
+
+def _nodes_in(arguments: object) -> list[fx.Node]:
+    return [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, fx.Node)]
 
 
 def _is_flagged(node: fx.Node) -> bool:

@@ -146,7 +146,8 @@ class _Finder:
             if first is second or (is_in_place_add(after) and first is not value):
                 return None
             residual = second if first is value else first
-            return group._replace(nodes=nodes, residual=residual, in_place=is_in_place_add(after))
+            in_place = is_in_place_add(after)
+            return group._replace(nodes=nodes, residual=residual, in_place=in_place)  # type: ignore[arg-type]
         if self._layers.is_relu(after) and not group.relu:
             return group._replace(nodes=nodes, relu=True)
         pool = self._layers.pool(after)
