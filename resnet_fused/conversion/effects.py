@@ -109,19 +109,10 @@ class Effects:
 
     def _targets(self, node: fx.Node) -> list[fx.Node]:
         """The arguments of `node` that it may write to."""
-<<<<<<< HEAD
-        first: list[fx.Node] = []
-        fx.map_arg(node.args[:1], first.append)
-=======
         first = _nodes_in(node.args[:1])
->>>>>>> ee404d7 (torch.compile(backend="resnet_fused"): the groups of layers in what Dynamo captures run fused, for models whose forward fuse cannot read)
         if node.op == "call_method":
             return first if str(node.target).endswith("_") else []
         if node.op == "call_function":
-<<<<<<< HEAD
-            outputs: list[fx.Node] = []
-            fx.map_arg(node.kwargs.get("out"), outputs.append)
-=======
             if isinstance(node.target, torch._ops.OpOverload):
                 return _written(node, node.target)
             if isinstance(node.target, torch._ops.OperatorBase | torch._ops.OpOverloadPacket):
@@ -129,9 +120,7 @@ class Effects:
             if node.target is F.batch_norm:
                 running = (*node.args[1:3], *map(node.kwargs.get, _RUNNING))
                 return [value for value in running if isinstance(value, fx.Node)]
-            out = node.kwargs.get("out")
-            outputs = [out] if isinstance(out, fx.Node) else []
->>>>>>> ee404d7 (torch.compile(backend="resnet_fused"): the groups of layers in what Dynamo captures run fused, for models whose forward fuse cannot read)
+            outputs = _nodes_in(node.kwargs.get("out"))
             if node.target in _IN_PLACE_FUNCTIONS or _is_flagged(node) or _ends_in_place(node):
                 return first + outputs
             is_pure = _is_torch(node.target) and not _is_mutable(node.target)
