@@ -22,7 +22,7 @@ class RuntimePath(NamedTuple):
 
     backend: what computes batch norm, add and ReLU if no convolution takes them along; "PyTorch"
     where no kernel of this library runs. convolutions: what convolves channels_last tensors in
-    inference ("direct" and "oneDNN" on CPUs, "cuDNN" or a backend on GPUs, else "PyTorch"), "" where
+    inference ("direct" and "oneDNN" on CPUs, "cuDNN" or a backend on GPUs, else "PyTorch"), "" if
     there are none; in training PyTorch does. Both are "" on the meta device. dtype: of the
     parameters, "mixed" if there are several, "" if there are none. layout: "channels_last" where
     the network converts its input, else "as its input". device: type of the parameters' device.

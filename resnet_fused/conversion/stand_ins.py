@@ -197,8 +197,7 @@ def _recording_class(cls: type[nn.Module]) -> type[nn.Module]:
                 raise _active.refuse(f"it looks into its {name}")
             if name in ("training", "_modules") or not _is_of_every_module(name):
                 own = object.__getattribute__(self, "__dict__")
-                inherited = getattr(cls, name, None)
-                if name in own or not isinstance(inherited, property | None):
+                if name in own or not _is_safe_to_inherit(getattr(cls, name, None)):
                     _active.read(self, name, cls)
         return cls.__getattribute__(self, name)
 
@@ -230,6 +229,12 @@ def _recording_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def _is_of_every_module(name: str) -> bool:
     return name.startswith("__") or name in _MODULE_ATTRIBUTES or hasattr(nn.Module, name)
+
+
+def _is_safe_to_inherit(value: object) -> bool:
+    """Whether an instance cannot have another one, or is not expected to."""
+    is_method_of_torch = getattr(value, "__module__", "").startswith("torch.")
+    return isinstance(value, property | None) or (callable(value) and is_method_of_torch)
 
 
 def join(path: str, name: str) -> str:

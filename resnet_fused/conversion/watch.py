@@ -37,12 +37,12 @@ _VALUES = (torch.dtype, torch.device, torch.memory_format, torch.layout, enum.En
 
 
 class Watch:
-    """Calls `refuse` with a text at the first such thing, before it happens, in this thread.
+    """Raises what `refuse` makes of a text at the first such thing, before it happens.
 
     handled: the name of an exception that was raised in watched code, "" if none was.
     """
 
-    def __init__(self, refuse: Callable[[str], object]) -> None:
+    def __init__(self, refuse: Callable[[str], Exception]) -> None:
         self._refuse = refuse
         self.handled = ""
 
@@ -65,7 +65,7 @@ class Watch:
             access = _accesses(frame.f_code).get(frame.f_lasti)
             reason = None if access is None else _why_not(access, frame)
             if reason is not None:
-                self._refuse(reason)
+                raise self._refuse(reason)
         elif event == "exception" and not issubclass(arg[0], StopIteration | GeneratorExit):
             self.handled = arg[0].__name__
         return self._on_event
