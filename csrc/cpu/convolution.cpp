@@ -66,6 +66,14 @@ bool is_channels_last_dense(const Tensor& t) {
          t.stride(0) == t.size(2) * t.stride(2);
 }
 
+// The strides of dimensions of size 1 are free, but PyTorch tells the layout of a convolution's
+// output by them.
+Tensor with_usual_strides(const Tensor& t) {
+  if (is_channels_last_dense(t)) return t;
+  const int64_t pixel = t.size(1), row = t.size(3) * pixel;
+  return as_strided(t, {t.size(0), pixel, t.size(2), t.size(3)}, {t.size(2) * row, 1, row, pixel});
+}
+
 bool as_matrix_product(const Tensor& x, const Tensor& weight, const int64_t* geometry) {
   const bool is_pointwise = weight.size(2) == 1 && weight.size(3) == 1 && geometry[0] == 0 &&
                             geometry[1] == 0 && geometry[6] == 1;
@@ -202,9 +210,9 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const int64_t* geometry) 
     return pixels.image(product(pixels.matrix(x), transposed(weight_matrix(weight))));
   }
   if (by_winograd(x, weight, geometry)) return winograd(x, weight, false);
-  return call<1>("aten::convolution", "", x, weight, std::nullopt, pair(geometry, 1),
-                 pair(geometry, 0), pair(geometry, 2), false, std::vector<int64_t>{0, 0},
-                 geometry[6])[0];
+  return call<1>("aten::convolution", "", with_usual_strides(x), weight, std::nullopt,
+                 pair(geometry, 1), pair(geometry, 0), pair(geometry, 2), false,
+                 std::vector<int64_t>{0, 0}, geometry[6])[0];
 }
 
 std::pair<Tensor, Tensor> convolve_backward(const Tensor& grad_y, const Tensor& x,
@@ -244,10 +252,11 @@ std::pair<Tensor, Tensor> convolve_backward(const Tensor& grad_y, const Tensor& 
   const std::array<bool, 3> mask{want_grad_x && !grad_x.defined(),
                                  want_grad_weight && !grad_weight.defined(), false};
   if (mask[0] || mask[1]) {
-    auto grads = call<3>("aten::convolution_backward", "", grad_y, x, weight, std::nullopt,
-                         pair(geometry, 1), pair(geometry, 0), pair(geometry, 2), false,
-                         std::vector<int64_t>{0, 0}, geometry[6],
-                         torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
+    auto grads =
+        call<3>("aten::convolution_backward", "", with_usual_strides(grad_y), with_usual_strides(x),
+                weight, std::nullopt, pair(geometry, 1), pair(geometry, 0), pair(geometry, 2),
+                false, std::vector<int64_t>{0, 0}, geometry[6],
+                torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
     if (mask[0]) grad_x = grads[0];
     if (mask[1]) grad_weight = grads[1];
   }

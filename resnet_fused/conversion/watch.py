@@ -30,7 +30,7 @@ _REFUSED_BUILTINS = {
 # Functions of PyTorch whose answers change, or are others for what stands for a tensor here.
 _QUESTIONS = {
     *("is_compiling", "is_dynamo_compiling", "is_exporting", "is_in_onnx_export", "is_tensor"),
-    *("get_default_dtype", "get_default_device"),
+    *("get_default_dtype", "get_default_device", "is_inference_mode_enabled"),
 }
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _VALUES = (torch.dtype, torch.device, torch.memory_format, torch.layout, enum.Enum)

@@ -84,7 +84,9 @@ class _ResidualBlock(torch.autograd.Function):
             *(kept.out if keeps_output(x) else None, kept.mask if save_mask else None, x),
             *(*for_backward, *parameters),
         )
-        ctx.settings, ctx.implementation, ctx.is_identity = settings, implementation, added is x
+        # A shortcut that gives x back is a residual of its own, with a gradient of its own.
+        ctx.is_identity = residual is None and not has_projection
+        ctx.settings, ctx.implementation = settings, implementation
         return kept.out
 
     @staticmethod

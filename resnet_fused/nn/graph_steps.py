@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_fused import backends
-from resnet_fused.layout import convolution_shape
+from resnet_fused.layout import convolution_shape, memory_format
 from resnet_fused.nn import blocks, normalization
 from resnet_fused.nn.pairs import (
     BatchNorm,
@@ -41,7 +41,7 @@ def conv_bn_relu(
         pair = cast(Pair, (conv, bn))
         if residual is None:
             return blocks.pair_forward(x, pair, None, relu)
-        if _is_like(residual, _output_shape(x, pair[0]), computed_dtype(x)):
+        if _is_like(residual, x, _output_shape(x, pair[0]), computed_dtype(x)):
             return blocks.pair_forward(x, pair, residual, relu)
         return _finish(blocks.pair_forward(x, pair, None, relu=False), residual, relu, in_place)
     return _finish(bn(conv(x)), residual, relu, in_place)
@@ -65,7 +65,7 @@ def bn_relu(
     """relu(bn(x) + residual). x, residual, out: (N, C, H, W)."""
     if _is_fused(x, bn, relu and residual is None):
         arguments = batch_norm_args(cast(BatchNorm, bn)), group_of(cast(BatchNorm, bn))
-        if residual is None or _is_like(residual, tuple(x.shape), x.dtype):
+        if residual is None or _is_like(residual, x, tuple(x.shape), x.dtype):
             return normalization.bn_relu(x, *arguments, residual=residual, relu=relu)
         return _finish(normalization.bn_relu(x, *arguments, relu=False), residual, relu, in_place)
     return _finish(bn(x), residual, relu, in_place)
@@ -76,7 +76,7 @@ def add_relu(x: Tensor, residual: Tensor, in_place: bool = False) -> Tensor:
     if (
         isinstance(x, Tensor)
         and x.dim() == 4
-        and _is_like(residual, tuple(x.shape), x.dtype)
+        and _is_like(residual, x, tuple(x.shape), x.dtype)
         and backends.is_accelerated("add_relu", x)
         and calls_are_plain()
     ):
@@ -94,12 +94,16 @@ def _is_fused(x: Tensor, bn: nn.Module, relu_follows: bool) -> bool:
     return not torch.compiler.is_compiling() or group_of(cast(BatchNorm, bn)) is None
 
 
-def _is_like(residual: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether adding the residual neither broadcasts nor promotes."""
+def _is_like(residual: Tensor, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether adding the residual to what is made of x neither broadcasts nor promotes.
+
+    Nor may it be in another memory format, that of the sum being the format of its first operand.
+    """
     return (
         isinstance(residual, Tensor)
         and tuple(residual.shape) == tuple(shape)
         and residual.dtype == dtype
+        and residual.is_contiguous(memory_format=memory_format(x))
     )
 
 
