@@ -3,14 +3,22 @@
 import contextlib
 import copy
 import functools
+import importlib
+import inspect
 import logging
+import os
+import pickle
 import random
+import subprocess
 import sys
+import threading
 import time
 import types
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,12 +26,15 @@ import torch
 from hand_written_blocks import Basic
 from model_equality import images, randomize
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
+import resnet_fused
 from resnet_fused.conversion import explain, fuse, unfuse
+from resnet_fused.conversion.layers import why_not_conv
 from resnet_fused.conversion.swap import Fused, FusedBlock, FusedGraph
 
 X = images(2, 4, 6, 5)
@@ -783,3 +794,507 @@ def test_attributes_that_are_taken_away() -> None:
         delattr(fused, attribute)
         with pytest.raises(AttributeError, match=attribute):
             fused(X)
+
+
+# Hooks
+
+Hook = Callable[[nn.Module, list[Any]], Any]
+
+
+def _forward(module: nn.Module, seen: list[Any]) -> Any:
+    return module.register_forward_hook(lambda m, i, o: seen.append(o.detach().clone()))
+
+
+def _forward_changed(module: nn.Module, seen: list[Any]) -> Any:
+    return module.register_forward_hook(lambda m, i, o: (seen.append(o.detach().clone()), o * 2)[1])
+
+
+def _forward_pre(module: nn.Module, seen: list[Any]) -> Any:
+    return module.register_forward_pre_hook(lambda m, i: seen.append(i[0].detach().clone()))
+
+
+def _backward(module: nn.Module, seen: list[Any]) -> Any:
+    return module.register_full_backward_hook(lambda m, i, o: seen.extend([*i, *o]))
+
+
+def _backward_pre(module: nn.Module, seen: list[Any]) -> Any:
+    return module.register_full_backward_pre_hook(lambda m, o: seen.extend(o))
+
+
+HOOKS: dict[str, Hook] = {
+    f.__name__[1:]: f for f in (_forward, _forward_changed, _forward_pre, _backward, _backward_pre)
+}
+
+
+def heard(model: nn.Module, seen: list[Any]) -> list[Any]:
+    """What the hooks see in a step, and its results; an exception where there is one."""
+    seen.clear()
+    try:
+        results = run(model)
+    except RuntimeError as error:
+        return [type(error)]
+    return [*seen, *results]
+
+
+def assert_heard_alike(fused: list[Any], eager: list[Any]) -> None:
+    assert len(fused) == len(eager)
+    for actual, expected in zip(fused, eager, strict=True):
+        if isinstance(expected, Tensor):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        else:
+            assert actual is expected
+
+
+def convolutions_called(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> int:
+    called, forward = [], nn.Conv2d.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Conv2d, "forward", lambda *args: (called.append(1), forward(*args))[1])
+        model(X)
+    return len(called)
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("name", ["parts", "whole", "sequence"])
+def test_hooks_registered_after(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin, ours, theirs = make(name), [], []
+    for module in twin.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # eager refuses to write to what a backward hook has seen
+    fused = fuse(copy.deepcopy(twin))
+    expected_calls = convolutions_called(fused, monkeypatch)
+    convolutions_called(twin, monkeypatch)
+    assert expected_calls == (1 if name == "parts" else 0)
+    for path, module in twin.named_modules():
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            continue  # never called
+        handles = [HOOKS[kind](module, theirs), HOOKS[kind](fused.get_submodule(path), ours)]
+        expected = heard(twin, theirs)
+        assert_heard_alike(heard(fused, ours), expected)
+        assert len(theirs) >= 2 or expected == [RuntimeError], path
+        for handle in handles:
+            handle.remove()
+        fused.train()
+        twin.train()
+        assert convolutions_called(fused, monkeypatch) == expected_calls
+        convolutions_called(twin, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["parts", "whole", "sequence"])
+def test_hooks_registered_before(name: str) -> None:
+    paths = {"", "stem", "stem.conv", "acts.1", "pool", "tail.bn", "gate"}
+    paths |= {"conv1", "bn2", "relu", "downsample", "1", "2", "3"}
+    for path in paths & {path for path, _ in make(name).named_modules()}:
+        model, seen = make(name), []
+        for hook in (_forward, _backward) if path else (_forward,):
+            hook(model.get_submodule(path), seen)
+        explain(model)
+        fused = quiet_fuse(model)
+        assert seen == []
+        ours, theirs = heard(fused, seen), []
+        twin = make(name)
+        for hook in (_forward, _backward) if path else (_forward,):
+            hook(twin.get_submodule(path), theirs)
+        assert_heard_alike(ours, heard(twin, theirs))
+
+
+@pytest.mark.parametrize("name", ["parts", "whole", "sequence"])
+def test_hooks_of_all_modules(name: str) -> None:
+    model, seen = make(name), []
+    register = torch.nn.modules.module.register_module_forward_hook
+    handle = register(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        explain(model)
+        fused = fuse(model)
+        assert seen == []
+        fused(X)
+        ours = [kind.removeprefix("Fused") for kind in seen]
+        seen.clear()
+        make(name)(X)
+    finally:
+        handle.remove()
+    assert ours == seen
+
+
+# Modules of other kinds
+
+
+def test_wrapped_before() -> None:
+    for path in ("stem.conv", "conv"):
+        model = make("parts")
+        torch.manual_seed(5)
+        _wrap(path, LoRA)(model)
+        twin = copy.deepcopy(model)
+        fused = fuse(model)
+        assert is_fused(fused)
+        changes: list[Callable[[LoRA], object]] = [
+            lambda lora: None,
+            lambda lora: lora.active_adapters.append("b"),
+            lambda lora: setattr(lora, "merged", True),
+            lambda lora: setattr(lora, "merged", False),
+            lambda lora: lora.active_adapters.clear(),
+        ]
+        for change in changes:
+            for each in (fused, twin):
+                change(each.get_submodule(path))
+            assert_same(fused, twin)
+
+
+@pytest.mark.parametrize("name", ["parts", "whole", "sequence"])
+def test_from_meta_to_memory(name: str) -> None:
+    model = make(name)
+    twin = make(name)
+    with torch.device("meta"):
+        fused = fuse(make(name).to("meta"))
+    assert is_fused(fused)
+    fused.to_empty(device="cpu").load_state_dict(twin.state_dict())
+    assert_same(fused, model)
+
+
+@pytest.mark.parametrize("name", ["parts", "sequence", "whole"])
+def test_fake_tensors(name: str) -> None:
+    fused = fuse(make(name))
+    expected = fused(X)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out = fused(mode.from_tensor(X))
+    assert isinstance(out, FakeTensor)
+    assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
+    with FakeTensorMode():
+        model = make(name)
+        assert "of type FakeTensor" in str(explain(model)) + str(_reasons(model))
+        assert quiet_fuse(model)(torch.empty(X.shape)).shape == expected.shape
+
+
+def _reasons(model: nn.Module) -> list[str | None]:
+    return [why_not_conv(m) for m in model.modules() if isinstance(m, nn.Conv2d)]
+
+
+def test_lazy_layers_before_and_after_they_are_known() -> None:
+    def lazy() -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(
+            *(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.ReLU()),
+            *(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()),
+        )
+
+    fused, twin = quiet_fuse(lazy()), lazy()
+    for each in (fused, twin):
+        torch.manual_seed(4)
+        each.eval()(X)
+    assert_same(fused, twin)
+    assert is_fused(fuse(fused))
+    assert_same(fuse(fused), twin)
+
+
+def test_scripted_and_quantized_modules() -> None:
+    model = make("parts").eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model.gate = torch.jit.script(model.gate)
+        fused = fuse(model)
+        assert is_fused(fused)
+        assert fused.gate is model.gate
+        torch.testing.assert_close(fused(X), model(X), rtol=1e-4, atol=1e-4)
+        for change in (_script_stem, _quantize):
+            torch.testing.assert_close(
+                change(fuse(make("parts")).eval())(X), change(make("parts").eval())(X)
+            )
+
+
+def _script_stem(model: nn.Module) -> nn.Module:
+    model.stem = torch.jit.script(model.stem)
+    return model
+
+
+def _quantize(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    model.train().qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    model = torch.ao.quantization.prepare_qat(model)
+    model(X)
+    return model.eval()
+
+
+# Twice, in parts, as files
+
+
+def kinds(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+def test_in_any_order() -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(3)
+        return randomize(nn.Sequential(Parts(), nn.ReLU(), nn.Conv2d(8, 4, 1), Whole()))
+
+    once, twin = fuse(model()), model()
+    assert kinds(fuse(once)) == kinds(once)
+    assert kinds(fuse(unfuse(fuse(model())))) == kinds(once)
+    assert kinds(unfuse(once)) == kinds(model())
+    child_first = model()
+    fuse(child_first[0], inplace=True)
+    fuse(child_first[3], inplace=True)
+    parent = fuse(child_first)
+    assert kinds(parent) == kinds(once)
+    assert_same(parent, twin)
+    assert kinds(unfuse(parent)) == kinds(model())
+    fused, twin = fuse(model()), model()
+    assert kinds(fuse(fused[0])) == kinds(fused[0])
+    unfuse(fused[0], inplace=True)
+    assert_same(fused, twin)
+    assert kinds(fuse(fused)) == kinds(once)
+
+
+def test_explaining_changes_nothing() -> None:
+    for name in ("parts", "whole", "sequence"):
+        for model in (make(name), fuse(make(name))):
+            model.register_forward_hook(lambda *_: None)
+            before = [(type(m), _described(m)) for m in model.modules()]
+            explain(model, X)
+            assert [(type(m), _described(m)) for m in model.modules()] == before
+
+
+def _described(module: nn.Module) -> list[tuple[str, object]]:
+    """Attributes, and what tables and lists hold, by identity."""
+    return [
+        (name, [*map(id, v.values())] if isinstance(v, dict) else copy.copy(v))
+        for name, v in vars(module).items()
+    ]
+
+
+MODULE = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Mine(nn.Module):
+    "Somebody's block."
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.widths, self.kind = [1, 2.0], torch.float32
+    def forward(self, pixels, labels=None):
+        y = torch.cat([F.relu(self.bn(self.conv(pixels))), pixels.to(self.kind)], 1)
+        return F.max_pool2d(torch.clamp(y, min=0.1), 2) * self.widths[1]
+"""
+LOADS = """
+import sys, io, pickle, torch
+class Blocked:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "resnet_fused":
+            raise ImportError(name)
+if {blocked}:
+    sys.meta_path.insert(0, Blocked())
+for name in ("model.pt", "model.2", "model.3", "model.4", "model.5"):
+    model = torch.load(name, weights_only=False) if name == "model.pt" else pickle.load(open(name, "rb"))
+    x, out = torch.load("x.pt", weights_only=True)
+    torch.testing.assert_close(model(x), out, rtol=1e-4, atol=1e-4)
+    print(name, [type(m).__name__ for m in model], "resnet_fused" in sys.modules)
+state = torch.load("state.pt", weights_only=True)
+model.load_state_dict(state)
+"""
+
+
+@pytest.mark.parametrize("blocked", [False, True], ids=["fused", "unfused"])
+def test_files_load_in_another_process(
+    blocked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "somebodys_module.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = importlib.import_module("somebodys_module").Mine
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4), nn.ReLU()]
+    model = fuse(randomize(nn.Sequential(mine(), nn.Sequential(*layers))).eval())
+    assert [type(m).__name__ for m in model] == ["FusedMine", "FusedSequential"]
+    out = model(X).detach()
+    if blocked:
+        model = unfuse(model)
+    torch.save((X, out), tmp_path / "x.pt")
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    for protocol in range(2, 6):
+        (tmp_path / f"model.{protocol}").write_bytes(pickle.dumps(model, protocol))
+    package = Path(resnet_fused.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{package}"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS.format(blocked=blocked)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    names = ["Mine", "Sequential"] if blocked else ["FusedMine", "FusedSequential"]
+    assert done.stdout.count(f"{names} {not blocked}") == 5
+    assert [*inspect.signature(model[0].forward).parameters] == ["pixels", "labels"]
+    assert inspect.getdoc(model[0]) == "Somebody's block."
+
+
+def test_sequences_stay_sequences() -> None:
+    fused, twin = fuse(make("sequence")), make("sequence")
+    other = nn.Sequential(nn.Tanh())
+    for edit in (
+        *(lambda m: m[:3], lambda m: m[4:], lambda m: m[:2] + m[2:], lambda m: m[:2] + other),
+        *(lambda m: m.append(nn.Tanh()), lambda m: m * 1, lambda m: m[::-1][::-1]),
+        lambda m: nn.Sequential(*m),
+    ):
+        x = images(2, 8, 6, 5) if edit(twin)[0].weight.shape[1] == 8 else X
+        assert_same(edit(copy.deepcopy(fused)), edit(copy.deepcopy(twin)), x)
+
+
+def test_replicas_and_vectors() -> None:
+    for name in ("parts", "sequence", "whole"):
+        fused, twin = fuse(make(name)).eval(), make(name).eval()
+        replica = fused._replicate_for_data_parallel()
+        for key, module in fused.named_children():
+            replica._modules[key] = module._replicate_for_data_parallel()
+            for inner, parameter in module._parameters.items():
+                setattr(replica._modules[key], inner, parameter)
+        if name == "whole":
+            torch.testing.assert_close(fused(X), twin(X), rtol=1e-4, atol=1e-4)
+        vector = torch.nn.utils.parameters_to_vector(fused.parameters())
+        for each in (fused, twin):
+            torch.nn.utils.vector_to_parameters(vector * 1.1, each.parameters())
+        assert_same(fused, twin)
+
+
+def test_a_class_that_minds_being_derived_from() -> None:
+    derived = []
+
+    class Strict(Layers):
+        def __init_subclass__(cls, **options: object) -> None:
+            derived.append(cls)
+
+    model = Strict()
+    assert is_fused(fuse(model))
+    assert derived == []
+    assert pickle.loads(pickle.dumps(fuse(Layers()))) is not None  # noqa: S301
+
+
+# Inputs of other kinds
+
+
+class Tagged(Tensor):
+    """A tensor with a class of its own."""
+
+
+INPUTS: dict[str, Callable[[], Any]] = {
+    "empty": lambda: X[:0],
+    "one_image": lambda: X[0],
+    "five_dimensions": lambda: X[None],
+    "float64": lambda: X.double(),
+    "bfloat16": lambda: X.bfloat16(),
+    "complex": lambda: X.to(torch.complex64),
+    "integers": lambda: X.long(),
+    "list": lambda: [1.0],
+    "none": lambda: None,
+    "array": lambda: X.numpy(),
+    "subclass": lambda: X.as_subclass(Tagged),
+    "parameter": lambda: nn.Parameter(X),
+    "sparse": lambda: X.to_sparse(),
+    "narrow": lambda: X[:, :, :1, :1],
+    "too_many_channels": lambda: X.repeat(1, 2, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", ["parts", "whole", "sequence"])
+def test_inputs_of_other_kinds(name: str) -> None:
+    fused, twin = fuse(make(name)).eval(), make(name).eval()
+    for kind, make_input in INPUTS.items():
+        for training in (False, True):
+            results = []
+            for model in (fused, twin):
+                try:
+                    results.append(model.train(training)(make_input()))
+                except Exception as error:  # noqa: BLE001
+                    results.append(type(error))
+            actual, expected = results
+            if isinstance(expected, Tensor):
+                assert type(actual) is type(expected), kind
+                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+            else:
+                assert actual is expected, kind
+    with pytest.raises(TypeError, match="argument"):
+        fused(X, X, X)
+    keyword = "input" if name == "sequence" else "x"
+    torch.testing.assert_close(fused(**{keyword: X}), twin(**{keyword: X}))
+
+
+class Sum(Layers):
+    """The residual is added out of place, or in place, and may be of another dtype or shape."""
+
+    in_place = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        if self.in_place:
+            y += x
+        else:
+            y = y + x.mean((2, 3), keepdim=True)
+        return self.relu(y)
+
+
+class SumInPlace(Sum):
+    in_place = True
+
+
+@pytest.mark.parametrize("cls", [Sum, SumInPlace, Whole])
+def test_autocast_and_other_dtypes(cls: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(3)
+    model = randomize(cls()).eval()
+    fused = fuse(model)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for training in (False, True):
+            for grad in (False, True):
+                with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+                    x = X.to(dtype)
+                    actual, expected = fused.train(training)(x), model.train(training)(x)
+                assert actual.dtype == expected.dtype
+                torch.testing.assert_close(actual, expected, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("name", ["parts", "whole", "sequence"])
+def test_transforms(name: str) -> None:
+    fused, twin = fuse(make(name)).eval(), make(name).eval()
+    batches = torch.stack([X, X + 1])
+    for apply in (
+        lambda m: torch.func.vmap(m)(batches),
+        lambda m: torch.func.jvp(m, (X,), (X * 0.1,))[1],
+        lambda m: torch.func.grad(lambda x: m(x).square().sum())(X),
+        lambda m: torch.jit.trace(m, X)(X + 1),
+        lambda m: torch.fx.symbolic_trace(m)(X),
+        lambda m: torch.func.functional_call(m, {k: v * 1.1 for k, v in m.named_parameters()}, X),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.testing.assert_close(apply(fused), apply(twin), rtol=1e-4, atol=1e-4)
+
+
+def test_threads() -> None:
+    model, twin = make("parts").eval(), make("parts").eval()
+    expected, errors, stop = twin(X), [], threading.Event()
+
+    def serve() -> None:
+        try:
+            while not stop.is_set():
+                torch.testing.assert_close(twin(X), expected)
+                torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)
+        except Exception as error:  # noqa: BLE001
+            errors.append(error)
+
+    threads = [threading.Thread(target=serve) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(4):
+            assert is_fused(fuse(model))
+        fuse(model, inplace=True)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert errors == []
+    with ThreadPoolExecutor(4) as pool:
+        for out in pool.map(model, [X] * 16):
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
