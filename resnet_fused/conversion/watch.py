@@ -1,4 +1,4 @@
-"""What the code of a forward touches besides its arguments, seen while the interpreter runs it.
+"""What the code of a forward touches besides its arguments, read off its instructions.
 
 A forward that reads a global variable, a variable of an enclosing function, the clock or the class
 of a tensor, that prints, warns, logs, or handles an exception, may do another thing at its next
@@ -37,38 +37,31 @@ _VALUES = (torch.dtype, torch.device, torch.memory_format, torch.layout, enum.En
 
 
 class Watch:
-    """Raises what `refuse` makes of a text at the first such thing, before it happens.
+    """Refuses every call of a function whose code does such a thing, in this thread.
 
-    handled: the name of an exception that was raised in watched code, "" if none was.
+    refuse: makes the exception that is raised in place of the call. All of a function's code
+    counts, as far as it is of that function: what it would call is looked at when it is called.
     """
 
     def __init__(self, refuse: Callable[[str], Exception]) -> None:
         self._refuse = refuse
-        self.handled = ""
 
-    def __enter__(self) -> "Watch":
-        self._previous = sys.gettrace()
-        sys.settrace(self._on_call)
-        return self
+    def __enter__(self) -> None:
+        self._previous: Any = sys.getprofile()
+        sys.setprofile(self._on_event)
 
     def __exit__(self, *_: object) -> None:
-        sys.settrace(self._previous)
+        previous = self._previous
+        sys.setprofile(previous if callable(previous) else None)
+        if hasattr(previous, "enable"):  # cProfile is no function
+            previous.enable()
 
-    def _on_call(self, frame: types.FrameType, event: str, arg: Any) -> Any:
-        if not is_foreign(frame):
-            return None
-        frame.f_trace_opcodes = True
-        return self._on_event
-
-    def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> Any:
-        if event == "opcode":
-            access = _accesses(frame.f_code).get(frame.f_lasti)
-            reason = None if access is None else _why_not(access, frame)
-            if reason is not None:
-                raise self._refuse(reason)
-        elif event == "exception" and not issubclass(arg[0], StopIteration | GeneratorExit):
-            self.handled = arg[0].__name__
-        return self._on_event
+    def _on_event(self, frame: types.FrameType, event: str, _: Any) -> None:
+        if event == "call" and is_foreign(frame):
+            for access in _accesses(frame.f_code):
+                reason = _why_not(access, frame)
+                if reason is not None:
+                    raise self._refuse(reason)
 
 
 def is_foreign(frame: types.FrameType) -> bool:
@@ -95,18 +88,20 @@ class _Access(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _accesses(code: types.CodeType) -> dict[int, _Access]:
-    """By offset: the instructions that access anything but arguments and local variables."""
-    found = {}
+def _accesses(code: types.CodeType) -> tuple[_Access, ...]:
+    """The instructions that access anything but arguments and local variables."""
+    found = []
     instructions = [i for i in dis.get_instructions(code) if i.opname not in _SILENT]
     for position, instruction in enumerate(instructions):
         kind = _KINDS.get(instruction.opname)
         if kind == "is" and instructions[position - 1].opname == "LOAD_CONST":
             continue
+        if _starts_bare_handler(instructions[position : position + 3]):
+            kind = "except"
         if kind is not None:
             chain = tuple(_chain(instructions[position + 1 :]))
-            found[instruction.offset] = _Access(kind, str(instruction.argval), chain)
-    return found
+            found.append(_Access(kind, str(instruction.argval), chain))
+    return tuple(found)
 
 
 _KINDS = {
@@ -116,11 +111,24 @@ _KINDS = {
     "DELETE_GLOBAL": "change",
     "LOAD_DEREF": "closure",
     "LOAD_CLASSDEREF": "closure",
+    "LOAD_FROM_DICT_OR_DEREF": "closure",
     "STORE_DEREF": "change of closure",
     "DELETE_DEREF": "change of closure",
     "IMPORT_NAME": "import",
     "IS_OP": "is",
+    "CHECK_EXC_MATCH": "except",
+    "JUMP_IF_NOT_EXC_MATCH": "except",
 }
+
+
+def _starts_bare_handler(instructions: list[dis.Instruction]) -> bool:
+    """Whether an `except:` without a class begins here."""
+    names = [instruction.opname for instruction in instructions]
+    if sys.version_info < (3, 11):
+        return names == ["POP_TOP"] * 3
+    return names[:2] == ["PUSH_EXC_INFO", "POP_TOP"]
+
+
 _SILENT = {"CACHE", "PRECALL", "EXTENDED_ARG", "NOP", "RESUME"}
 
 
@@ -133,6 +141,8 @@ def _chain(instructions: list[dis.Instruction]) -> Iterator[str]:
 
 def _why_not(access: _Access, frame: types.FrameType) -> str | None:
     kind, name, chain = access
+    if kind == "except":
+        return "it handles exceptions"
     if kind == "is":
         return "it asks whether two values are the same object"
     if kind == "import":
