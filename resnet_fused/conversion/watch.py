@@ -8,6 +8,7 @@ call. None of this shows in a graph of tensors.
 import dis
 import enum
 import functools
+import gc
 import inspect
 import sys
 import types
@@ -48,11 +49,15 @@ class Watch:
 
     def __enter__(self) -> None:
         self._previous: Any = sys.getprofile()
+        self._collects = gc.isenabled()
+        gc.disable()  # its callbacks, and what it finalises, are not called by the forward
         sys.setprofile(self._on_event)
 
     def __exit__(self, *_: object) -> None:
         previous = self._previous
         sys.setprofile(previous if callable(previous) else None)
+        if self._collects:
+            gc.enable()
         if hasattr(previous, "enable"):  # cProfile is no function
             previous.enable()
 
