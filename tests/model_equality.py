@@ -4,9 +4,11 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -27,20 +29,35 @@ def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def step(model: nn.Module, x: Tensor, training: bool) -> dict[str, Tensor]:
-    """Outputs, gradients of inputs and parameters, and buffers after one step."""
+def step(
+    model: nn.Module,
+    x: Tensor,
+    training: bool,
+    call: Callable[[nn.Module, Tensor], Any] = nn.Module.__call__,
+) -> dict[str, Tensor]:
+    """Outputs, gradients of inputs and parameters, and buffers after one step.
+
+    call: runs the model on x. Its result may nest tensors in lists and dicts. What is drawn at
+    random in the model is the same in every step.
+    """
     model.train(training)
     model.zero_grad()
     x = x.clone().requires_grad_()
-    out = model(x)
-    out = out["out"] if isinstance(out, dict) and "out" in out else out
-    outputs = list(out.values()) if isinstance(out, dict) else [out]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        outputs = tensors_in(call(model, x.clone()))
     seed = torch.Generator().manual_seed(1)
     loss = sum((o * torch.randn(o.shape, generator=seed).to(o.dtype)).sum() for o in outputs)
     loss.backward()
     tensors = {f"out{i}": o.detach() for i, o in enumerate(outputs)} | {"grad_x": x.grad}
     tensors |= {f"grad {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
     return tensors | {f"buffer {n}": b.clone() for n, b in model.named_buffers()}
+
+
+def tensors_in(outputs: Any) -> list[Tensor]:
+    """The floating-point tensors among the outputs of a model, however nested."""
+    leaves = tree_leaves(dict(outputs) if isinstance(outputs, dict) else outputs)
+    return [o for o in leaves if isinstance(o, Tensor) and o.is_floating_point()]
 
 
 def assert_same_function(
