@@ -95,7 +95,7 @@ TIMM = {
     "other users of conv, norm and ReLU": (
         "dla34 dla60x hrnet_w18_small hrnet_w18_small_v2 darknet53 vovnet39a ese_vovnet19b_dw "
         "regnetx_008 regnety_008 regnetz_005 densenet121 dpn68 selecsls42 xception41 repvgg_a0 "
-        "mobilenetv2_100 vgg11_bn inception_v3 vit_small_resnet26d_224"
+        "mobilenetv2_100 inception_v3 vit_small_resnet26d_224"
     ),
 }
 TIMM_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
