@@ -79,7 +79,9 @@ def main() -> int:
     parser.add_argument("--filter", default="", help="only models with this in their name")
     parser.add_argument("--quick", action="store_true", help="only the first of each family")
     parser.add_argument("--output", type=Path, help=f"default for a full run: {OUTPUT.name}")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, each with its own model")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="processes, each with a model and up to 5 GB (2)"
+    )
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")

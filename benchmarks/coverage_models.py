@@ -52,21 +52,18 @@ VIDEO = "r3d_18 mc3_18 r2plus1d_18"
 TIMM = {
     "resnet": (
         "resnet10t resnet14t resnet18 resnet26 resnet34 resnet50 resnet101 resnet152 resnet200 "
-        "resnet34.tv_in1k resnet50.tv_in1k resnet101.tv_in1k resnet18.gluon_in1k "
-        "resnet50.gluon_in1k test_resnet"
+        "resnet34.tv_in1k resnet50.tv_in1k resnet18.gluon_in1k resnet50.gluon_in1k test_resnet"
     ),
     "resnet-c, -d, -s, -t": (
         "resnet18d resnet26d resnet26t resnet34d resnet50c resnet50d resnet50s resnet50t "
-        "resnet101c resnet101d resnet101s resnet152d resnet200d resnet50c.gluon_in1k "
-        "resnet101s.gluon_in1k resnet152d.gluon_in1k"
+        "resnet101c resnet101d resnet101s resnet152d resnet50c.gluon_in1k"
     ),
     "resnext, wide": (
         "resnext50_32x4d resnext50d_32x4d resnext101_32x4d resnext101_32x8d resnext101_64x4d "
-        "resnext50_32x4d.tv_in1k resnext101_64x4d.gluon_in1k wide_resnet50_2 wide_resnet101_2 "
-        "wide_resnet50_2.tv_in1k"
+        "resnext50_32x4d.tv_in1k wide_resnet50_2 wide_resnet101_2 wide_resnet50_2.tv_in1k"
     ),
     "seresnet": (
-        "seresnet18 seresnet34 seresnet50 seresnet50t seresnet101 seresnet152d seresnext50_32x4d "
+        "seresnet18 seresnet34 seresnet50 seresnet50t seresnet101 seresnext50_32x4d "
         "seresnext26d_32x4d seresnext26t_32x4d seresnext101_32x4d seresnext101d_32x8d "
         "seresnext50_32x4d.gluon_in1k legacy_seresnet18 legacy_seresnet50 legacy_seresnet101 "
         "legacy_seresnext50_32x4d"
@@ -83,8 +80,8 @@ TIMM = {
     "resnetrs": "resnetrs50 resnetrs101 resnetrs152",
     "resnetv2 (BatchNormAct2d)": (
         "resnetv2_18 resnetv2_18d resnetv2_34 resnetv2_34d resnetv2_50 resnetv2_50d resnetv2_50t "
-        "resnetv2_101 resnetv2_101d resnetv2_152 resnetv2_50d_gn resnetv2_50d_frn "
-        "resnetv2_50d_evos resnetv2_50x1_bit"
+        "resnetv2_101 resnetv2_152 resnetv2_50d_gn resnetv2_50d_frn resnetv2_50d_evos "
+        "resnetv2_50x1_bit"
     ),
     "other residual networks": (
         "resnet50_gn resnet51q resnet61q resnet33ts eca_resnet33ts seresnet33ts gcresnet33ts "

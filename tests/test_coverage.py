@@ -41,7 +41,7 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Main:
     """`python benchmarks/coverage.py ARGUMENTS` in this process; gives the exit status."""
 
     def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["benchmarks/coverage.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["benchmarks/coverage.py", "--jobs", "1", *arguments])
         return coverage.main()
 
     return run
@@ -49,10 +49,9 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Main:
 
 def lines_of(text: str) -> dict[str, list[str]]:
     """The cells of each line of the tables, by the name of the model."""
-    lines = [re.split(r" (?<!\\)\| ", line.strip("| ")) for line in text.splitlines()]
-    return {
-        cells[0]: cells for cells in lines if len(cells) > 1 and cells[0] not in ("model", "---")
-    }
+    rows = [line[2:-2] for line in text.splitlines() if line.startswith("| ")]
+    lines = [re.split(r" (?<!\\)\| ", row) for row in rows]
+    return {cells[0]: cells for cells in lines if cells[0] not in ("model", "---")}
 
 
 @pytest.mark.parametrize("label", NETWORKS)
