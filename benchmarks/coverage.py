@@ -197,7 +197,8 @@ def compare(trio: Trio, case: Case, wrong: list[str], result: Result) -> Result:
     rows = rf.explain(fused).rows
     fused.load_state_dict({name: other(t) for name, t in model.state_dict().items()})
     double.load_state_dict(model.state_dict())
-    check_float32(trio, case, "eval", wrong, "after load_state_dict, ")
+    more = case._replace(shape=(case.shape[0] + 1, *case.shape[1:]))
+    check_float32(trio, more, "eval", wrong, "after load_state_dict, with one image more, ")
     back = rf.unfuse(fused)
     if classes(back) != classes(model):
         wrong.append("unfuse gives other classes")

@@ -22,7 +22,7 @@ class Case(NamedTuple):
     family: str
     name: str
     build: Callable[[], nn.Module]
-    shape: tuple[int, ...] = (2, 3, 64, 64)
+    shape: tuple[int, ...] = (2, 3, 48, 48)
     call: Call = nn.Module.__call__
 
     @property
@@ -51,37 +51,34 @@ VIDEO = "r3d_18 mc3_18 r2plus1d_18"
 # Without weights to download, "tv", "gluon", "ssl" and so on are one architecture per name.
 TIMM = {
     "resnet": (
-        "resnet10t resnet14t resnet18 resnet26 resnet34 resnet50 resnet101 resnet152 resnet200 "
-        "resnet34.tv_in1k resnet50.tv_in1k resnet18.gluon_in1k resnet50.gluon_in1k test_resnet"
+        "resnet10t resnet14t resnet18 resnet26 resnet34 resnet50 resnet34.tv_in1k resnet50.tv_in1k "
+        "resnet50.gluon_in1k test_resnet"
     ),
     "resnet-c, -d, -s, -t": (
         "resnet18d resnet26d resnet26t resnet34d resnet50c resnet50d resnet50s resnet50t "
-        "resnet101c resnet101d resnet101s resnet152d resnet50c.gluon_in1k"
+        "resnet101s resnet50c.gluon_in1k"
     ),
     "resnext, wide": (
-        "resnext50_32x4d resnext50d_32x4d resnext101_32x4d resnext101_32x8d resnext101_64x4d "
-        "resnext50_32x4d.tv_in1k wide_resnet50_2 wide_resnet101_2 wide_resnet50_2.tv_in1k"
+        "resnext50_32x4d resnext50d_32x4d resnext101_32x4d resnext101_64x4d "
+        "resnext50_32x4d.tv_in1k wide_resnet50_2 wide_resnet101_2"
     ),
     "seresnet": (
         "seresnet18 seresnet34 seresnet50 seresnet50t seresnet101 seresnext50_32x4d "
-        "seresnext26d_32x4d seresnext26t_32x4d seresnext101_32x4d seresnext101d_32x8d "
-        "seresnext50_32x4d.gluon_in1k legacy_seresnet18 legacy_seresnet50 legacy_seresnet101 "
-        "legacy_seresnext50_32x4d"
+        "seresnext26d_32x4d seresnext26t_32x4d seresnext50_32x4d.gluon_in1k legacy_seresnet18 "
+        "legacy_seresnet50 legacy_seresnext50_32x4d"
     ),
     "ecaresnet": (
-        "ecaresnet26t ecaresnet50d ecaresnet50d_pruned ecaresnet50t ecaresnet101d ecaresnetlight "
+        "ecaresnet26t ecaresnet50d ecaresnet50d_pruned ecaresnet50t ecaresnetlight "
         "ecaresnext26t_32x4d ecaresnext50t_32x4d"
     ),
     "resnetaa, blur": (
-        "resnetaa34d resnetaa50 resnetaa50d resnetaa101d seresnetaa50d seresnextaa101d_32x8d "
-        "resnetblur18 resnetblur50 resnetblur50d"
+        "resnetaa34d resnetaa50 resnetaa50d seresnetaa50d resnetblur18 resnetblur50 resnetblur50d"
     ),
     "skresnet": "skresnet18 skresnet34 skresnet50 skresnet50d skresnext50_32x4d",
-    "resnetrs": "resnetrs50 resnetrs101 resnetrs152",
+    "resnetrs": "resnetrs50 resnetrs101",
     "resnetv2 (BatchNormAct2d)": (
         "resnetv2_18 resnetv2_18d resnetv2_34 resnetv2_34d resnetv2_50 resnetv2_50d resnetv2_50t "
-        "resnetv2_101 resnetv2_152 resnetv2_50d_gn resnetv2_50d_frn resnetv2_50d_evos "
-        "resnetv2_50x1_bit"
+        "resnetv2_101 resnetv2_50d_gn resnetv2_50d_frn resnetv2_50d_evos resnetv2_50x1_bit"
     ),
     "other residual networks": (
         "resnet50_gn resnet51q resnet61q resnet33ts eca_resnet33ts seresnet33ts gcresnet33ts "
@@ -113,6 +110,8 @@ TIMM_SIZES = {
     "inception_v3": 96,
     "vit_small_resnet26d_224": 224,
     "resnet50_clip": 224,
+    "hrnet_w18_small": 64,  # sums of images of 1/4 to 1/32 of the size
+    "hrnet_w18_small_v2": 64,
 }
 
 
@@ -124,7 +123,7 @@ def _torchvision() -> Iterator[Case]:
                 module = _library("torchvision", f"torchvision.models{folder}")
                 return getattr(module, name)(weights=None, **options)
 
-            shape = (2, 3, 4, 32, 32) if folder == ".video" else (2, 3, 64, 64)
+            shape = (2, 3, 4, 32, 32) if folder == ".video" else (2, 3, 48, 48)
             yield Case(f"torchvision{title}", name, build, shape, call)
 
     plain = nn.Module.__call__
@@ -200,7 +199,7 @@ def _timm() -> Iterator[Case]:
             classes = {} if options.get("features_only") else {"num_classes": 10}
             return _library("timm", "timm").create_model(name, **(classes | options))
 
-        size = TIMM_SIZES.get(name, 64)
+        size = TIMM_SIZES.get(name, 48)
         channels = options.get("in_chans", 3)
         yield Case(f"timm {title}", label, build, (2, channels, size, size))
 

@@ -856,6 +856,67 @@ class ChangedInPlace(nn.Module):
         return F.relu(out)
 
 
+class AddsOfAllKinds(nn.Module):
+    """Scaled, subtracted, in place, broadcast, with a number, of the same tensor: then ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(6))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(6))
+        self.stem = conv_block(3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        branch = [norm(conv(x)) for conv, norm in zip(self.convs, self.norms, strict=True)]
+        out = F.relu(torch.add(branch[0], x, alpha=0.5))
+        out = out * F.relu(branch[1] - x)
+        out = out + F.relu(branch[2].add_(x))
+        out = out + F.relu(branch[3] + x.mean((2, 3), keepdim=True))
+        out = out + F.relu(x.amax((0, 2, 3), keepdim=True) + branch[4]) + F.relu(x + x)
+        return out + F.relu(branch[5] + 0.25)
+
+
+class PooledAndKept(nn.Module):
+    """The stem's output is pooled, and used as it is; the second pooling gives indices, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+        self.pool_with_indices = nn.MaxPool2d(2, return_indices=True)
+        self.unpool = nn.MaxUnpool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        full = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(self.pool(full))))
+        x, indices = self.pool_with_indices(x)
+        x = self.unpool(x, indices)
+        return F.interpolate(x, size=full.shape[2:]) + full
+
+
+class PaddingUNet(nn.Module):
+    """Pads what comes up to the size of what it is joined with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inc = DoubleConv(3, 8)
+        self.down = nn.Sequential(nn.MaxPool2d(2), DoubleConv(8, 16))
+        self.up = nn.ConvTranspose2d(16, 8, kernel_size=2, stride=2)
+        self.conv = DoubleConv(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x2 = self.inc(x)
+        x1 = self.up(self.down(x2))
+        rows = x2.size()[2] - x1.size()[2]
+        columns = x2.size()[3] - x1.size()[3]
+        x1 = F.pad(x1, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
+        return self.conv(torch.cat([x2, x1], dim=1))
+
+
 # Settings of layers
 
 
@@ -977,6 +1038,9 @@ NETWORKS: dict[str, Network] = {
     "norm_is_used_twice_in_place": Network(lambda: NormIsUsedTwice(inplace=True)),
     "conv_is_used_twice": Network(ConvIsUsedTwice),
     "changed_in_place": Network(ChangedInPlace),
+    "adds_of_all_kinds": Network(AddsOfAllKinds),
+    "pooled_and_kept": Network(PooledAndKept),
+    "unet_with_padding": Network(PaddingUNet, (2, 3, 21, 19)),
     "settings_of_norms": Network(SettingsOfNorms),
     "functional_layers": Network(FunctionalLayers),
     "norms_in_eval_mode": Network(NormsInEvalMode),

@@ -141,7 +141,7 @@ def no_statistics(model: nn.Module) -> nn.Module:
         (raises, r"ValueError: no module \\\| like this"),
         (own_parameters, "state_dict has other keys or tensors"),
         (other_keys, r"eval: other tensors: \['buffer folded'\].* state_dict has other keys"),
-        (old_weights, "after load_state_dict, eval: the outputs are off by"),
+        (old_weights, "after load_state_dict, with one image more, eval: the outputs are off by"),
         (no_gradient, "eval: grad_x is off by"),
         (no_statistics, r"train: buffer \w+.* is off by"),
     ],
