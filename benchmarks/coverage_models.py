@@ -102,16 +102,14 @@ TIMM_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet18, SiLU": ("resnet18", {"act_layer": nn.SiLU}),
     "resnet26, no classifier": ("resnet26", {"num_classes": 0, "global_pool": ""}),
 }
+# Those of strides, blocks or positions that 48 does not fit.
 TIMM_SIZES = {
-    "botnet26t_256": 256,  # positions of a fixed size
-    "halonet26t": 128,
+    "resnetaa34d resnetaa50 resnetaa50d seresnetaa50d dla34 dla60x": 64,
+    "hrnet_w18_small hrnet_w18_small_v2": 64,
+    "inception_resnet_v2 inception_v3": 96,
     "lambda_resnet26t": 128,
-    "inception_resnet_v2": 96,
-    "inception_v3": 96,
-    "vit_small_resnet26d_224": 224,
-    "resnet50_clip": 224,
-    "hrnet_w18_small": 64,  # sums of images of 1/4 to 1/32 of the size
-    "hrnet_w18_small_v2": 64,
+    "resnet50_clip vit_small_resnet26d_224": 224,
+    "bat_resnext26ts botnet26t_256 halonet26t": 256,
 }
 
 
@@ -191,6 +189,7 @@ def _detection(model: nn.Module, x: Tensor) -> list[Any]:
 
 
 def _timm() -> Iterator[Case]:
+    sizes = {name: size for names, size in TIMM_SIZES.items() for name in names.split()}
     named = [(title, name, name, {}) for title, names in TIMM.items() for name in names.split()]
     named += [("with options", label, *made) for label, made in TIMM_OPTIONS.items()]
     for title, label, name, options in named:
@@ -199,7 +198,7 @@ def _timm() -> Iterator[Case]:
             classes = {} if options.get("features_only") else {"num_classes": 10}
             return _library("timm", "timm").create_model(name, **(classes | options))
 
-        size = TIMM_SIZES.get(name, 48)
+        size = sizes.get(name, 48)
         channels = options.get("in_chans", 3)
         yield Case(f"timm {title}", label, build, (2, channels, size, size))
 
