@@ -4,11 +4,13 @@ import copy
 import importlib.util
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hand_written_networks import NETWORKS
 from torch import Tensor, nn
 
 import resnet_fused as rf
@@ -21,7 +23,6 @@ import coverage  # noqa: E402
 from coverage_models import Case, cases  # noqa: E402
 
 CASES = {case.label: case for case in cases()}
-NETWORKS = [name for name in CASES if name.startswith("hand-written networks")]
 # Small, and of every library; test_torchvision_timm.py has more.
 LIBRARY_MODELS = {
     "torchvision as backbone: resnet_fpn_backbone(resnet18)": "torchvision",
@@ -54,9 +55,9 @@ def lines_of(text: str) -> dict[str, list[str]]:
     return {cells[0]: cells for cells in lines if cells[0] not in ("model", "---")}
 
 
-@pytest.mark.parametrize("label", NETWORKS)
-def test_hand_written_network(label: str) -> None:
-    assert coverage.examine(CASES[label]).verdict == "ok"
+@pytest.mark.parametrize("name", NETWORKS)
+def test_hand_written_network(name: str) -> None:
+    assert coverage.examine(CASES[f"hand-written networks: {name}"]).verdict == "ok"
 
 
 @pytest.mark.parametrize(("label", "library"), LIBRARY_MODELS.items())
@@ -64,6 +65,33 @@ def test_library_model(label: str, library: str) -> None:
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
     assert coverage.examine(CASES[label]).verdict == "ok"
+
+
+# What is fused in them
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("tutorial_identity_downsample", {"Bottleneck": 3, "conv+BN+ReLU+max pool": 1}),
+        ("tutorial_conform_layer", {"Bottleneck": 3, "conv+BN+ReLU+max pool": 1}),
+        ("cifar_option_a_lambda", {"BasicBlock": 4}),
+        ("cifar_option_a_inline", {"BasicBlock": 3, "conv+BN+ReLU, conv+BN+add+ReLU": 1}),
+        ("cifar_preactivation", {"PreActBasicBlock": 3, "BN+ReLU": 1}),
+        ("resnet9", {"conv+BN+ReLU": 5, "conv+BN+ReLU+max pool": 3}),
+        ("sequential_chain", {"conv+BN+ReLU, conv+BN+ReLU+max pool": 1}),
+        ("one_relu", {"BasicBlock": 2, "conv+BN+ReLU": 1}),
+        ("deep_aggregation", {"BasicBlock": 2, "conv+BN+ReLU": 1, "conv+BN+add+ReLU": 1}),
+        # Only what stands around the shared convolution or batch norm.
+        ("norm_twice", {"add+ReLU": 1}),
+        ("conv_twice", {"BN+ReLU, BN+add+ReLU": 1}),
+        ("shared_across_blocks", {"conv+BN+ReLU": 1, "BN+ReLU": 2}),
+        ("changed_in_place", {}),
+    ],
+)
+def test_patterns(name: str, expected: dict[str, int]) -> None:
+    rows = rf.explain(NETWORKS[name].build()).rows
+    assert Counter(row.pattern for row in rows) == expected
 
 
 # What must be noticed
