@@ -102,10 +102,12 @@ TIMM_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet18, SiLU": ("resnet18", {"act_layer": nn.SiLU}),
     "resnet26, no classifier": ("resnet26", {"num_classes": 0, "global_pool": ""}),
 }
-# Those of strides, blocks or positions that 48 does not fit.
+# Those of strides, blocks or positions that 48 does not fit; and those whose last batch norms would
+# see two values per channel, of which gradients are noise, in eager as well.
 TIMM_SIZES = {
     "resnetaa34d resnetaa50 resnetaa50d seresnetaa50d dla34 dla60x": 64,
-    "hrnet_w18_small hrnet_w18_small_v2": 64,
+    "hrnet_w18_small hrnet_w18_small_v2 densenet121 vovnet39a ese_vovnet19b_dw dpn68": 64,
+    "selecsls42 xception41 repvgg_a0 mobilenetv2_100 regnetz_005 darknet53": 64,
     "inception_resnet_v2 inception_v3": 96,
     "lambda_resnet26t": 128,
     "resnet50_clip vit_small_resnet26d_224": 224,
