@@ -108,8 +108,7 @@ TIMM_SIZES = {
     "resnetaa34d resnetaa50 resnetaa50d seresnetaa50d dla34 dla60x": 64,
     "hrnet_w18_small hrnet_w18_small_v2 densenet121 vovnet39a ese_vovnet19b_dw dpn68": 64,
     "selecsls42 xception41 repvgg_a0 mobilenetv2_100 regnetz_005 darknet53": 64,
-    "inception_resnet_v2 inception_v3": 96,
-    "lambda_resnet26t": 128,
+    "inception_resnet_v2 inception_v3 lambda_resnet26t": 128,
     "resnet50_clip vit_small_resnet26d_224": 224,
     "bat_resnext26ts botnet26t_256 halonet26t": 256,
 }
