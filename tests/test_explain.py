@@ -233,6 +233,14 @@ def test_layout_inside_networks() -> None:
     assert [row.layout for row in explain(mixed).rows[-2:]] == ["channels_last", "as its input"]
 
 
+def grouped_in_one_block() -> nn.Module:
+    """A block without a plan, so that the others run one by one."""
+    model = models.CifarResNet(1, shortcut="B")
+    model.layer2[0].conv2 = nn.Conv2d(32, 32, 3, padding=1, groups=2, bias=False)
+    model.layer3.append(rf.nn.BasicBlock(64, 64))
+    return model
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -240,9 +248,10 @@ def test_layout_inside_networks() -> None:
         lambda: models.ResNet(rf.nn.Bottleneck, (1, 1, 1, 1), 3, groups=4, width_per_group=8),
         lambda: models.CifarResNet(1, shortcut="B"),
         lambda: models.CifarResNet(2),
+        grouped_in_one_block,
         lambda: fuse(nn.Sequential(Basic(64, 64, 1), Basic(64, 64, 1))),
     ],
-    ids=["resnet", "grouped", "small", "small_option_a", "blocks"],
+    ids=["resnet", "grouped", "small", "small_option_a", "one_grouped", "blocks"],
 )
 def test_direct_convolutions_run_where_they_are_named(
     make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
@@ -369,6 +378,11 @@ def test_bytes_of_shortcuts() -> None:
     before, after = expected
     assert bytes_of(block) == (before - 4 * (x + 3 * y), after - 4 * (x + y))
     assert bytes_of(only_row(BasicOptionA(), example)) == bytes_of(block)
+    outer = models.PreActCifarResNet(rf.nn.PreActBasicBlock, 1, shortcut="A")
+    row = next(r for r in explain(outer, torch.empty(1, 3, 8, 8)).rows if r.path == "layer2.0")
+    x, y = 16 * 64, 32 * 16
+    after = (x + y) + (y + y) + 3 * y + 2 * x
+    assert bytes_of(row) == (4 * (after - 2 * x + 4 * (x + y)), 4 * after)
 
 
 def test_bytes_of_every_call() -> None:
