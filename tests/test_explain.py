@@ -514,6 +514,20 @@ def test_remedies_of_other_reasons() -> None:
             super().__init__()
             self.downsample = nn.Sequential(nn.ReLU(inplace=True), self.downsample)
 
+    class Prints(Basic):
+        def forward(self, x: Tensor) -> Tensor:
+            print("here")
+            return super().forward(x)
+
+    class Makes(Basic):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.ones(1)
+
+    class Special(Tensor):
+        pass
+
+    foreign = Basic()
+    foreign.conv1._parameters["weight"] = foreign.conv1.weight.detach().as_subclass(Special)
     shared = Pair()
     shared[1].bn1 = shared[0].bn2
     quantized = nn.Sequential(Basic(), torch.ao.quantization.QuantStub())
@@ -523,6 +537,9 @@ def test_remedies_of_other_reasons() -> None:
         (quantized, "0", "fuse the float model, before it is made for quantization"),
         (shared, "1", "give each place of 1.bn1 a layer of its own, under one name"),
         (InPlace(), "", "set inplace=False in downsample"),
+        (Prints(), "", "take the print out of the forward of the model"),
+        (Makes(), "", "register the tensor that the forward of the model makes as a buffer"),
+        (foreign, "", "make the tensors of conv1 plain parameters or buffers"),
         (Drops(), "", "for inference, exchange the drop path of the model for Identity()"),
     ):
         assert remedies(model, path) == [expected]

@@ -51,7 +51,6 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     (_LAYER + r"has its own forward", "remove the forward that is set on the instance {}"),
     (_LAYER + r"is a \S+, not a plain", "use torch.nn's own layer for {}, if it computes the same"),
     (_LAYER + r"has a \S+ of type", "make the tensors of {} plain parameters or buffers"),
-    (_LAYER + r"may change the input in place", "set inplace=False in {}"),
     (r"^the instance has its own forward", "define the forward of {} in its class"),
     (r"^it is a TorchScript module", "fuse before torch.jit.script or torch.jit.trace"),
     (r"^a torch.fx graph calls", "fuse before tracing with torch.fx"),
