@@ -58,7 +58,7 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     (r"found drop_?(path|block)\S* ", "for inference, exchange the drop path of {} for Identity()"),
     (r": it adds in place into the shortcut", "add the shortcut to the result of the layers in {}"),
     (r"its shortcut (?P<layer>\S+) may change the input", "set inplace=False in {}"),
-    (r": it prints", "take the print out of the forward of {}"),
+    (r": it calls print\b", "take the print out of the forward of {}"),
     (r": it changes the attribute", "do not store anything in the forward of {} (a hook can)"),
     (r": it makes a tensor", "register the tensor that the forward of {} makes as a buffer"),
     # Whatever else keeps a forward from being traced. The others name what the block computes.
