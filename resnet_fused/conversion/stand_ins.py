@@ -17,6 +17,9 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _NAMED = (torch.memory_format, torch.layout, enum.Enum, type, types.FunctionType)
 _BUILTIN = (types.BuiltinFunctionType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_REFERENCES = (*_NAMED, *_BUILTIN)
+_SEQUENCES = (tuple, list)  # tuples of classes: torch.compile knows no unions of them
+_MUTABLE = (list, dict, set, functools._lru_cache_wrapper)
 _MODULE_ATTRIBUTES = vars(nn.Module()).keys()
 # Ways around the attributes, to tensors whose dtypes and devices would become constants.
 _TENSOR_TABLES = {
@@ -63,10 +66,10 @@ def reading(module: nn.Module, name: str, cls: type) -> Hashable:
     for table in ("_parameters", "_buffers"):
         if name in own[table]:
             return None if own[table][name] is None else _Found.TENSOR
-    value = getattr(cls, name, _Found.NOTHING)
+    value: Any = getattr(cls, name, _Found.NOTHING)
     if value is _Found.NOTHING:
         return value
-    if isinstance(value, list | dict | set | functools._lru_cache_wrapper):
+    if isinstance(value, _MUTABLE):
         raise NotProvenError(f"a {type(value).__name__} of its class")
     # What a method reads is seen where it runs; here it matters that the instance has no other.
     return _Found.OF_THE_CLASS, None if hasattr(value, "__get__") else frozen(value)
@@ -79,17 +82,24 @@ def frozen(value: object) -> Hashable:
     """
     if isinstance(value, _CONSTANTS):
         return type(value), value
-    if isinstance(value, (*_NAMED, *_BUILTIN)):
-        if not is_harmless(value):
-            raise NotProvenError(f"the {type(value).__name__} {getattr(value, '__name__', value)}")
+    if isinstance(value, _REFERENCES):
         return value
     if isinstance(value, functools.partial):
         return frozen([value.func, value.args, value.keywords])
-    if isinstance(value, tuple | list):
+    if isinstance(value, _SEQUENCES):
         return type(value), *map(frozen, value)
     if isinstance(value, dict):
         return type(value), *((frozen(key), frozen(item)) for key, item in value.items())
     raise NotProvenError(f"a {type(value).__name__}")
+
+
+def _check_harmless(value: object) -> None:
+    """Raise if there is a function or class that may do more than compute."""
+    if isinstance(value, tuple):
+        for item in value:
+            _check_harmless(item)
+    elif isinstance(value, _REFERENCES) and not is_harmless(value):
+        raise NotProvenError(f"the {type(value).__name__} {getattr(value, '__name__', value)}")
 
 
 def original_class(module: nn.Module | None) -> type:
@@ -158,7 +168,8 @@ class StandIns:
         if path is None or (path in self._inlined and name in ("training", "_modules")):
             return
         try:
-            self.reads[path, name] = reading(module, name, cls)
+            value = self.reads[path, name] = reading(module, name, cls)
+            _check_harmless(value)
         except NotProvenError as error:
             raise self.refuse(f"it reads the attribute {name}, which is {error}") from None
 

@@ -79,7 +79,7 @@ class Fused(nn.Module):
                 and not any(has_hooks(_at(self, path)) for path in proof.silent)
                 and self._has_proven_attributes()
             )
-        except AttributeError:  # a module has been taken away
+        except (KeyError, AttributeError):  # a module has been taken away
             return False
 
     def _has_proven_attributes(self) -> bool:
@@ -90,7 +90,7 @@ class Fused(nn.Module):
 
 def _at(module: nn.Module, path: str) -> nn.Module:
     for name in path.split(".") if path else ():
-        module = getattr(module, name)
+        module = module._modules[name]  # type: ignore[assignment]
     return module
 
 
@@ -148,11 +148,6 @@ def _parts(block: FusedBlock) -> chains.Parts | None:
     return parts_of(block, roles_of(block))
 
 
-planned_forwards.add(FusedBlock.forward)
-inference_plan.conditions[FusedBlock.forward] = FusedBlock._has_proven_attributes  # type: ignore[assignment]
-chains.readers[FusedBlock.forward] = _parts
-
-
 class FusedStage(Fused):
     """The forward of a Sequential of converted blocks."""
 
@@ -164,9 +159,6 @@ class FusedStage(Fused):
             if out is not None:
                 return out
         return super().forward(*args, **kwargs)
-
-
-stage_forwards.add(FusedStage.forward)
 
 
 class FusedNetwork(Fused):
@@ -290,7 +282,6 @@ def _fused_class(plan: Plan) -> type[nn.Module]:
     namespace |= {"_resnet_fused_plan": plan, "_resnet_fused_original": original}
     if isinstance(recipe, Program):
         namespace["_resnet_fused_program"] = staticmethod(compiled(recipe))
-        namespace["forward"] = _with_signature_of(original.forward)
         pattern = "Graph"
     else:
         pattern = recipe.pattern
@@ -298,16 +289,30 @@ def _fused_class(plan: Plan) -> type[nn.Module]:
     mixin = _MIXINS.get(pattern, FusedBlock)
     bases = (mixin, original) if issubclass(original, ours) else (mixin, original, ours)
     name = f"Fused{original.__name__}"
+    namespace["forward"] = _announced(_with_signature_of(original.forward, mixin), mixin)
     return types.new_class(name, bases, exec_body=lambda body: body.update(namespace))
 
 
-def _with_signature_of(original: Callable[..., object]) -> Callable[..., object]:
-    """The forward of a fused graph; those who ask for its arguments see those of the original."""
+def _with_signature_of(
+    original: Callable[..., object], mixin: type[Fused]
+) -> Callable[..., object]:
+    """The forward of `mixin`; those who ask for its arguments see those of the original."""
 
     @functools.wraps(original)
-    def forward(self: FusedGraph, *args: object, **kwargs: object) -> object:
-        return FusedGraph.forward(self, *args, **kwargs)
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
+        return mixin.forward(self, *args, **kwargs)
 
+    return forward
+
+
+def _announced(forward: Callable[..., object], mixin: type[Fused]) -> Callable[..., object]:
+    """The same forward, known to those who run several blocks at once."""
+    if mixin is FusedBlock:
+        planned_forwards.add(forward)
+        inference_plan.conditions[forward] = FusedBlock._has_proven_attributes  # type: ignore[assignment]
+        chains.readers[forward] = _parts
+    elif mixin is FusedStage:
+        stage_forwards.add(forward)
     return forward
 
 
