@@ -52,23 +52,28 @@ def compiled(model: Any, inner: Any = "eager", **settings: Any) -> Any:
     return torch.compile(model, backend="resnet_fused", options={"inner": inner}, **settings)
 
 
-def fused_in(function: Any, *inputs: Any, grad: bool = False) -> list[dict[str, int]]:
+def fused_in(function: Any, x: Tensor) -> list[dict[str, int]]:
     """The operators in the graphs of a call, which must do as eager does."""
     recorder, plain = Recorder(), copy.deepcopy(function)
-    with torch.set_grad_enabled(grad):
-        actual = compiled(function, recorder)(*map(_clone, inputs))
-        expected = plain(*map(_clone, inputs))
+    actual, expected = compiled(function, recorder)(x.clone()), plain(x.clone())
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     if isinstance(function, nn.Module):
         torch.testing.assert_close(dict(function.named_buffers()), dict(plain.named_buffers()))
     return recorder.graphs
 
 
-def _clone(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+class Network(nn.Module):
+    """Layers in a row, in a forward that is not PyTorch's own: that one Dynamo would skip."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
 
 
-class Stem(nn.Sequential):
+class Stem(Network):
     def __init__(self) -> None:
         layers = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
         super().__init__(*layers, nn.MaxPool2d(3, 2, 1))
@@ -111,7 +116,7 @@ class Unreadable(nn.Module):
 
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
-    "blocks": lambda: nn.Sequential(Stem(), PreActivation(), Basic(8, 32), BottleneckCloned()),
+    "blocks": lambda: Network(Stem(), PreActivation(), BottleneckCloned(), Basic()),
     "functional": Functional,
     "unreadable": Unreadable,
 }
@@ -141,14 +146,13 @@ def test_computes_the_same(name: str, training: bool) -> None:
 
 
 def test_fuse_leaves_the_unreadable_model_to_the_backend() -> None:
-    row = next(row for row in resnet_fused.explain(Unreadable()).rows if row.path == "")
-    assert not row.fused
+    assert type(resnet_fused.fuse(Unreadable())) is Unreadable
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "mixed"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_inference_folds(autocast: bool, layout: str) -> None:
-    block, x = randomize(nn.Sequential(Stem(), Basic())).eval(), X
+    block, x = randomize(Network(Stem(), Basic())).eval(), X
     if layout != "nchw":
         x = x.contiguous(memory_format=torch.channels_last)
     if layout == "mixed":  # eager convolves into channels_last, what is folded follows x
@@ -164,7 +168,7 @@ def test_inference_folds(autocast: bool, layout: str) -> None:
 
 
 def test_training_under_autocast() -> None:
-    block, recorder = randomize(nn.Sequential(Stem(), Basic())), Recorder()
+    block, recorder = randomize(Network(Stem(), Basic())), Recorder()
     exact = step(copy.deepcopy(block).double(), X.double(), training=True)
     with CAST:
         expected = step(copy.deepcopy(block), X, training=True)
@@ -172,7 +176,7 @@ def test_training_under_autocast() -> None:
         actual = step(block, X, training=True)
     assert recorder.graphs == [{"bn_relu_max_pool": 1, "bn_relu": 3}]
     for name in exact:
-        if exact[name].is_floating_point() and not name.endswith("0.0.bias"):  # that one is 0
+        if exact[name].is_floating_point() and "0.layers.0.bias" not in name:  # which is 0
             assert_as_accurate_as_eager(actual[name], expected[name], exact[name], factor=2.0)
 
 
@@ -188,26 +192,21 @@ def test_frozen_batch_norms_fold_with_gradients() -> None:
 
 
 def test_batches_of_any_size_share_one_graph() -> None:
-    block, recorder = randomize(nn.Sequential(Stem(), Basic())), Recorder()
+    block, recorder = randomize(Network(Stem(), Basic())), Recorder()
     function, plain = compiled(block, recorder, fullgraph=True, dynamic=True), copy.deepcopy(block)
     for n in (3, 5, 7, 2):
         torch.testing.assert_close(function(images(n, 8, 9, 7)), plain(images(n, 8, 9, 7)))
-    # Dynamo makes another graph for the second size, as for any backend.
-    assert recorder.graphs == 2 * [{"bn_relu_max_pool": 1, "bn_relu": 3}]
+    assert recorder.graphs == [{"bn_relu_max_pool": 1, "bn_relu": 3}]
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_compiled_by_inductor(training: bool) -> None:
-    block = randomize(nn.Sequential(Stem(), PreActivation()))
-    block.train(training)
+def test_compiled_by_inductor() -> None:
+    block = randomize(Network(Stem(), PreActivation()))
     plain, function = copy.deepcopy(block), torch.compile(block, backend="resnet_fused")
-    with torch.set_grad_enabled(training):
-        for _ in range(2):
-            actual, expected = function(X), plain(X)
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-            if training:
-                actual.square().sum().backward()
-                expected.square().sum().backward()
+    for _ in range(2):
+        actual, expected = function(X), plain(X)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        actual.square().sum().backward()
+        expected.square().sum().backward()
     torch.testing.assert_close(dict(block.named_buffers()), dict(plain.named_buffers()))
     for ours, theirs in zip(block.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-2)
@@ -274,8 +273,7 @@ def updates_twice(x: Tensor) -> Tensor:
 
 def switches_autocast(x: Tensor) -> Tensor:
     with CAST:
-        y = torch.conv2d(x, KERNEL)
-        y = normalised(y)
+        y = normalised(torch.conv2d(x, KERNEL) * 2)
     return F.relu(y)
 
 
@@ -326,10 +324,14 @@ def test_only_what_is_the_same_is_fused(
     assert fused_in(function, X) == [operators]
 
 
+def double(x: Tensor) -> None:
+    x.mul_(2)
+
+
 def test_operators_of_others_that_write() -> None:
     with torch.library._scoped_library("dynamo_backend_test", "DEF") as library:
         library.define("double_(Tensor(a!) x) -> ()")
-        library.impl("double_", lambda x: x.mul_(2) and None, "CompositeExplicitAutograd")
+        library.impl("double_", double, "CompositeExplicitAutograd")
 
         def function(x: Tensor) -> Tensor:
             y = normalised(x)
@@ -340,16 +342,14 @@ def test_operators_of_others_that_write() -> None:
 
 
 def test_momentum_that_is_computed() -> None:
-    block = randomize(nn.Sequential(nn.BatchNorm2d(8, momentum=None), nn.ReLU()))
-    for _ in range(2):
-        assert sum(graph.get("bn_relu", 0) for graph in fused_in(block, X)) == 1
+    block = randomize(Network(nn.BatchNorm2d(8, momentum=None), nn.ReLU()))
+    assert not any(fused_in(block, X))  # there Dynamo ends a graph, or captures none
+    assert fused_in(block.eval(), X) == [{"bn_relu": 1}]
 
 
 def test_sync_batch_norm_of_one_process() -> None:
-    norm = randomize(nn.SyncBatchNorm(8)).eval()
-    assert fused_in(nn.Sequential(norm, nn.ReLU()), X) == [{"bn_relu": 1}]
-    with pytest.raises(Exception, match="SyncBatchNorm"):
-        compiled(norm.train())(X)
+    norm = randomize(nn.SyncBatchNorm(8))
+    assert fused_in(Network(norm, nn.ReLU()), X) == [{"bn_relu": 1}]
 
 
 # How it is asked for
@@ -366,7 +366,7 @@ def test_counts_are_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_unknown_options() -> None:
     function = torch.compile(torch.sin, backend="resnet_fused", options={"outer": "eager"})
-    with pytest.raises(Exception, match="resnet_fused: options must be 'inner' or .* got 'outer'"):
+    with pytest.raises(Exception, match=r"resnet_fused: options must be 'inner' or .* got 'outer'"):
         function(X)
     with pytest.raises(Exception, match="Invalid backend: 'none'"):
         compiled(torch.sin, "none")(X)
@@ -380,10 +380,10 @@ def test_options_and_modes_reach_the_inner_backend(monkeypatch: pytest.MonkeyPat
         compile_fx, "compile_fx", lambda module, _, **given: seen.append(given) or module.forward
     )
     settings = {"options": {"epilogue-fusion": False}, "mode": "reduce-overhead"}
-    backend(fx.symbolic_trace(torch.sin), [X], **settings)  # torch.compile takes one of them
+    backend(fx.symbolic_trace(clamps), [X], **settings)  # torch.compile takes one of them
     assert seen == [{"config_patches": {"epilogue_fusion": False, "triton.cudagraphs": True}}]
     inner = lambda module, _, **given: seen.append(given) or module.forward  # noqa: E731
-    backend(fx.symbolic_trace(torch.sin), [X], options={"inner": inner, "a": 1}, mode="b")
+    backend(fx.symbolic_trace(clamps), [X], options={"inner": inner, "a": 1}, mode="b")
     assert seen[1] == {"mode": "b", "options": {"a": 1}}
 
 
