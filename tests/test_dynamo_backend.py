@@ -293,6 +293,11 @@ def pools_up(x: Tensor) -> Tensor:
     return F.max_pool2d(y, 3, 2, ceil_mode=True)
 
 
+def pools_side_by_side(x: Tensor) -> Tensor:
+    y = F.relu(normalised(torch.conv2d(x, KERNEL), training=True))
+    return F.max_pool2d(y, 2)
+
+
 def uses_the_convolution_twice(x: Tensor) -> Tensor:
     y = torch.conv2d(x, KERNEL)
     return F.relu(normalised(y)) + y
@@ -314,6 +319,7 @@ def clamps(x: Tensor) -> Tensor:
         *((writes_meanwhile_through_a_view, {}), (reads_statistics_meanwhile, {})),
         *((updates_twice, {}), (switches_autocast, {}), (switches_gradients, {})),
         *((pools_apart, {"bn_relu": 1}), (pools_up, {"bn_relu": 1})),
+        (pools_side_by_side, {"bn_relu_max_pool": 1}),
         *((uses_the_convolution_twice, {"bn_relu": 1}), (pads_by_name, {"bn_relu": 1})),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -328,17 +334,35 @@ def double(x: Tensor) -> None:
     x.mul_(2)
 
 
-def test_operators_of_others_that_write() -> None:
+@pytest.mark.parametrize("overload", [False, True])
+def test_operators_of_others_that_write(overload: bool) -> None:
     with torch.library._scoped_library("dynamo_backend_test", "DEF") as library:
-        library.define("double_(Tensor(a!) x) -> ()")
-        library.impl("double_", double, "CompositeExplicitAutograd")
+        library.define("double(Tensor factor, Tensor(a!) x) -> ()")
+        library.impl("double", lambda _, x: double(x), "CompositeExplicitAutograd")
+        operator = torch.ops.dynamo_backend_test.double
+        operator = operator.default if overload else operator
 
         def function(x: Tensor) -> Tensor:
             y = normalised(x)
-            torch.ops.dynamo_backend_test.double_(x)
+            operator(STATISTICS[0], x)
             return F.relu(y) + x
 
         assert fused_in(function, X) == [{}]
+
+
+def test_wider_residual_under_autocast() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = normalised(torch.conv2d(x, KERNEL, padding=1))
+        y += x
+        return F.relu(y)
+
+    with CAST:
+        assert fused_in(function, X) == [{"conv_bn_relu": 1}]
+
+
+def test_nothing_is_fused_where_nothing_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resnet_fused.backends, "available", lambda *_: ["reference", "cuda"])
+    assert fused_in(pools_apart, X) == [{}]
 
 
 def test_momentum_that_is_computed() -> None:
