@@ -28,7 +28,8 @@ CPP_FILES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*
 RESOLVED := sed '/--no-deps,/,$$d' requirements-test.txt
 UNRESOLVED := sed '1,/--no-deps,/d' requirements-test.txt
 
-.PHONY: help demo test test-interpreter test-emulator test-emulator-asan gpu-check lint bench wheel clean extension
+.PHONY: help demo test test-interpreter test-emulator test-emulator-asan property coverage gpu-check \
+  lint bench wheel clean extension
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.* ## ' $(MAKEFILE_LIST) | sed -E 's/:.* ## /\t/' | \
@@ -53,6 +54,12 @@ test-emulator: $(STAMPS)/package extension ## run the CUDA kernels on the CPU on
 
 test-emulator-asan: $(STAMPS)/package extension ## the same under AddressSanitizer
 	variables=$$($(PY) tests/emulation.py) && env $$variables $(PY) -m pytest -m emulator $(ARGS)
+
+property: $(STAMPS)/package extension ## fuse random networks, others each time: CASES=20000
+	RESNET_FUSED_CASES=$(or $(CASES),20000) $(PY) -m pytest -n 2 tests/test_random_networks.py $(ARGS)
+
+coverage: $(STAMPS)/package extension ## fuse every model of docs/coverage.md and compare it with eager
+	OMP_NUM_THREADS=1 $(PY) benchmarks/coverage.py $(ARGS)
 
 lint: $(STAMPS)/tools ## ruff, mypy, clang-format
 	$(PY) -m ruff check .

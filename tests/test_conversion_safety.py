@@ -60,7 +60,7 @@ class Layers(nn.Module):
         self.register_buffer("steps", torch.ones(1))
         self.factor = 0.5
         self.widths = [1, 2]
-        self.extra = None
+        self.more = None
 
     def first(self, x: Tensor) -> Tensor:
         return self.relu(self.bn(self.conv(x)))
@@ -536,8 +536,8 @@ class Parts(nn.Module):
             y = y * self.gamma
         if self.beta is not None:
             y = y + self.beta
-        if hasattr(self, "extra"):
-            y = self.extra(y)
+        if hasattr(self, "more"):
+            y = self.more(y)
         return y * 2 if self.twice else self.finish(y)
 
     def finish(self, y: Tensor) -> Tensor:
@@ -741,7 +741,7 @@ CHANGES: dict[tuple[str, str], Callable[[nn.Module], Any]] = {
     ("parts", "function"): _set("activation", torch.sigmoid),
     ("parts", "no_gamma"): _set("gamma", None),
     ("parts", "beta"): _set("beta", nn.Parameter(torch.ones(1))),
-    ("parts", "extra"): _set("extra", nn.Sigmoid()),
+    ("parts", "more"): _set("more", nn.Sigmoid()),
     ("parts", "method_on_the_instance"): _set("finish", lambda y: y - 1),
     ("parts", "layer_appended"): lambda m: m.tail.update({"more": nn.Tanh()}),
     ("parts", "stem_appended"): _on("stem", lambda stem: stem.append(nn.Softshrink(0.1))),

@@ -280,8 +280,9 @@ def test_networks_are_traced(gradients: bool) -> None:
         rf.models.resnet20(),
         rf.models.preact_resnet20(),
         nn.Sequential(rf.nn.ConvBnReLU2d(3, 8)),
+        rf.fuse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())),
     ],
-    ids=["blocks", "pre-activation", "layers"],
+    ids=["blocks", "pre-activation", "layers", "converted"],
 )
 def test_scripts_are_refused(model: nn.Module) -> None:
     with pytest.raises(TypeError, match=r"torch\.jit\.script: .* got .*torch\.jit\.trace"):

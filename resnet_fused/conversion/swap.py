@@ -29,7 +29,7 @@ from resnet_fused.nn import (
     inference_plan,
 )
 from resnet_fused.nn.blocks import residual_forward
-from resnet_fused.nn.pairs import Projection, computed_dtype, has_hooks
+from resnet_fused.nn.pairs import Projection, computed_dtype, has_hooks, refuse_script
 from resnet_fused.nn.preactivation_blocks import preactivation_forward
 
 
@@ -57,6 +57,7 @@ class Plan(NamedTuple):
 class Fused(nn.Module):
     """What fused classes have in common; the original class is their next base class."""
 
+    __prepare_scriptable__ = refuse_script
     _resnet_fused_plan: Plan
     _resnet_fused_original: type[nn.Module]
 
