@@ -60,7 +60,6 @@ class Layers(nn.Module):
         self.register_buffer("steps", torch.ones(1))
         self.factor = 0.5
         self.widths = [1, 2]
-        self.more = None
 
     def first(self, x: Tensor) -> Tensor:
         return self.relu(self.bn(self.conv(x)))
@@ -471,7 +470,7 @@ def seen(capsys: Any, caplog: Any) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("name", [*EXACT, *REFUSED])
 def test_code_that_does_more(name: str, capsys: Any, caplog: Any, recwarn: Any) -> None:
-    model = {**EXACT, **REFUSED}[name]()
+    model = {**EXACT, **REFUSED}[name]().eval()
     before, states = copy.deepcopy(vars(model)), (random.getstate(), torch.get_rng_state())
     nothing = seen(capsys, caplog)
     explain(model)
@@ -536,8 +535,8 @@ class Parts(nn.Module):
             y = y * self.gamma
         if self.beta is not None:
             y = y + self.beta
-        if hasattr(self, "more"):
-            y = self.more(y)
+        if hasattr(self, "final"):
+            y = self.final(y)
         return y * 2 if self.twice else self.finish(y)
 
     def finish(self, y: Tensor) -> Tensor:
@@ -741,9 +740,9 @@ CHANGES: dict[tuple[str, str], Callable[[nn.Module], Any]] = {
     ("parts", "function"): _set("activation", torch.sigmoid),
     ("parts", "no_gamma"): _set("gamma", None),
     ("parts", "beta"): _set("beta", nn.Parameter(torch.ones(1))),
-    ("parts", "more"): _set("more", nn.Sigmoid()),
+    ("parts", "final"): _set("final", nn.Sigmoid()),
     ("parts", "method_on_the_instance"): _set("finish", lambda y: y - 1),
-    ("parts", "layer_appended"): lambda m: m.tail.update({"more": nn.Tanh()}),
+    ("parts", "layer_appended"): lambda m: m.tail.update({"extra": nn.Tanh()}),
     ("parts", "stem_appended"): _on("stem", lambda stem: stem.append(nn.Softshrink(0.1))),
     ("parts", "layer_taken_away"): lambda m: m.tail.pop("bn"),
     ("parts", "gate_exchanged"): _set("gate", nn.Tanh()),
