@@ -76,9 +76,9 @@ def add_relu(x: Tensor, residual: Tensor, in_place: bool = False) -> Tensor:
     if (
         isinstance(x, Tensor)
         and x.dim() == 4
+        and calls_are_plain()
         and _is_like(residual, x, tuple(x.shape), x.dtype)
         and backends.is_accelerated("add_relu", x)
-        and calls_are_plain()
     ):
         return fused_add_relu(x, residual)
     return _finish(x, residual, True, in_place)
