@@ -277,6 +277,11 @@ def switches_autocast(x: Tensor) -> Tensor:
     return F.relu(y)
 
 
+def casts_inside(x: Tensor) -> Tensor:
+    with CAST:  # as the operator that folds is not told where it is tried out
+        return F.relu(normalised(torch.conv2d(x, KERNEL)))
+
+
 def switches_gradients(x: Tensor) -> Tensor:
     y = normalised(x)
     with torch.no_grad():
@@ -318,6 +323,7 @@ def clamps(x: Tensor) -> Tensor:
         *((reads_the_sum_again, {}), (writes_meanwhile, {}), (clamps, {})),
         *((writes_meanwhile_through_a_view, {}), (reads_statistics_meanwhile, {})),
         *((updates_twice, {}), (switches_autocast, {}), (switches_gradients, {})),
+        (casts_inside, {"bn_relu": 1}),
         *((pools_apart, {"bn_relu": 1}), (pools_up, {"bn_relu": 1})),
         (pools_side_by_side, {"bn_relu_max_pool": 1}),
         *((uses_the_convolution_twice, {"bn_relu": 1}), (pads_by_name, {"bn_relu": 1})),
@@ -330,22 +336,22 @@ def test_only_what_is_the_same_is_fused(
     assert fused_in(function, X) == [operators]
 
 
-def double(x: Tensor) -> None:
+def double(seed: Tensor, x: Tensor) -> Tensor:
     x.mul_(2)
+    return seed * 2
 
 
 @pytest.mark.parametrize("overload", [False, True])
 def test_operators_of_others_that_write(overload: bool) -> None:
     with torch.library._scoped_library("dynamo_backend_test", "DEF") as library:
-        library.define("double(Tensor factor, Tensor(a!) x) -> ()")
-        library.impl("double", lambda _, x: double(x), "CompositeExplicitAutograd")
+        library.define("double(Tensor seed, Tensor(a!) x) -> Tensor")
+        library.impl("double", double, "CompositeExplicitAutograd")
         operator = torch.ops.dynamo_backend_test.double
         operator = operator.default if overload else operator
 
         def function(x: Tensor) -> Tensor:
             y = normalised(x)
-            operator(STATISTICS[0], x)
-            return F.relu(y) + x
+            return operator(STATISTICS[0], x)[:, None, None] + F.relu(y) + x
 
         assert fused_in(function, X) == [{}]
 
