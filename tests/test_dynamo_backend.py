@@ -351,7 +351,7 @@ def test_operators_of_others_that_write(overload: bool) -> None:
 
         def function(x: Tensor) -> Tensor:
             y = normalised(x)
-            return operator(STATISTICS[0], x)[:, None, None] + F.relu(y) + x
+            return operator(NORM["bias"], x)[:, None, None] + F.relu(y) + x
 
         assert fused_in(function, X) == [{}]
 
@@ -415,6 +415,17 @@ def test_options_and_modes_reach_the_inner_backend(monkeypatch: pytest.MonkeyPat
     inner = lambda module, _, **given: seen.append(given) or module.forward  # noqa: E731
     backend(fx.symbolic_trace(clamps), [X], options={"inner": inner, "a": 1}, mode="b")
     assert seen[1] == {"mode": "b", "options": {"a": 1}}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_inference_is_left_to_inductor(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import compile_fx
+
+    recorder, block = Recorder(), Basic()
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda *given, **_: recorder(*given))
+    with torch.set_grad_enabled(training):
+        torch.compile(block.train(training), backend="resnet_fused")(X)
+    assert recorder.graphs == [{"bn_relu": 3} if training else {}]
 
 
 RUN = """

@@ -38,12 +38,13 @@ _POOL = {
 _Call = Callable[[Callable[..., Any], tuple[Any, ...]], Any]
 
 
-def fuse_captured(module: fx.GraphModule) -> list[Group]:
+def fuse_captured(module: fx.GraphModule, inference: bool = True) -> list[Group]:
     """Exchange the groups of layers in the graph of `module` for fused operators, in place.
 
-    Returns the groups. The nodes must have the fake tensors that Dynamo leaves in their `meta`.
+    inference: also those that neither use the batch's statistics nor need a gradient. Returns the
+    groups. The nodes must have the fake tensors that Dynamo leaves in their `meta`.
     """
-    layers = _Layers(module.graph)
+    layers = _Layers(module.graph, inference)
     groups = find_groups_of(layers, module.graph, CapturedEffects(module.graph, module))
     for group in groups:
         layers.replace(group)
@@ -55,8 +56,8 @@ def fuse_captured(module: fx.GraphModule) -> list[Group]:
 class _Layers:
     """Layers that are calls of torch's functions, each named as its node is."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self._graph = graph
+    def __init__(self, graph: fx.Graph, inference: bool) -> None:
+        self._graph, self._inference = graph, inference
         self._nodes = {node.name: node for node in graph.nodes}
         self._order = [*graph.nodes]
         self._operators: dict[fx.Node, _Operator] = {}  # by the last node of a group
@@ -124,11 +125,14 @@ class _Layers:
 
     def _candidates(self, group: Group) -> list["_Operator"]:
         """What could compute the group, best first."""
+        is_live = group.norm is not None and self._is_live(group)
+        needs_gradient = _value(group.nodes[-1]).requires_grad
+        if not (self._inference or is_live or needs_gradient):
+            return []
         if group.norm is None:
             return [_ADD_RELU]
         if not self._adds_alike(group):
             return []
-        is_live = self._is_live(group)
         if group.pool is not None:
             return [_BN_RELU_MAX_POOL] if is_live and self._pools_neighbours(group) else []
         folds = group.conv is not None and not is_live

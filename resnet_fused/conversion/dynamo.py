@@ -31,13 +31,15 @@ def resnet_fused(
 ) -> Callable[..., Any]:
     """The graph that Dynamo has captured, its groups of layers fused, compiled by Inductor.
 
-    mode, options: as `torch.compile` takes them for Inductor. The option "inner" names another
-    backend that compiles what is fused here, such as "eager", and gets the other options. How many
-    groups were fused is logged at INFO. Raises ValueError on options that Inductor does not have.
+    What is inference stays as it is there: Inductor makes one pass of the same layers, and can
+    fuse that with its neighbours. mode, options: as `torch.compile` takes them for Inductor. The
+    option "inner" names another backend that compiles what is fused here, inference too, such as
+    "eager", and gets the other options. How many groups were fused is logged at INFO. Raises
+    ValueError on options that Inductor does not have.
     """
     rest = dict(options or {})
     inner = rest.pop("inner", "inductor")
-    groups = fuse_captured(module)
+    groups = fuse_captured(module, inference=inner != "inductor")
     counts = Counter(group.text for group in groups)
     which = ", ".join(f"{count} x {text}" for text, count in counts.items())
     _log.info("torch.compile: %d groups of layers fused%s", len(groups), which and f" ({which})")
