@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from resnet_fused.conversion.effects import Effects, is_in_place_add
 from resnet_fused.conversion.layers import is_conv, is_norm, norm_includes_relu
 from resnet_fused.conversion.tracing import Trace
+from resnet_fused.nn.graph_steps import Sum
 
 ADD: set[object] = {operator.add, torch.add, "add", operator.iadd, "add_"}
 RELU: set[object] = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
@@ -22,6 +23,7 @@ class Group(NamedTuple):
 
     nodes: all of them, and identities between. The last one's value is the group's. conv, norm,
     pool: paths of modules, or what else names a layer, or None. x, residual: nodes that it reads.
+    how: in which way the residual is added.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -29,7 +31,7 @@ class Group(NamedTuple):
     conv: str | None
     norm: str | None
     residual: fx.Node | None
-    in_place: bool
+    how: Sum
     relu: bool
     pool: str | None
 
@@ -127,12 +129,12 @@ class _Finder:
                 yield group
 
     def _group(self, nodes: tuple[fx.Node, ...], conv: str | None, norm: str | None) -> Group:
-        x, residual, in_place = nodes[0].args[0], None, False
+        x, residual, how = nodes[0].args[0], None, "out + residual"
         if norm is None:
             x, residual = nodes[0].args[:2]
-            in_place = is_in_place_add(nodes[0])
+            how = _how(nodes[0], x)
         relu = norm is not None and self._layers.includes_relu(norm)
-        return Group(nodes, x, conv, norm, residual, in_place, relu, None)  # type: ignore[arg-type]
+        return Group(nodes, x, conv, norm, residual, how, relu, None)  # type: ignore[arg-type]
 
     def _longer(self, group: Group) -> Group | None:
         """The group and the node behind it, where that belongs to it."""
@@ -146,8 +148,7 @@ class _Finder:
             if first is second or (is_in_place_add(after) and first is not value):
                 return None
             residual = second if first is value else first
-            in_place = is_in_place_add(after)
-            return group._replace(nodes=nodes, residual=residual, in_place=in_place)  # type: ignore[arg-type]
+            return group._replace(nodes=nodes, residual=residual, how=_how(after, value))  # type: ignore[arg-type]
         if self._layers.is_relu(after) and not group.relu:
             return group._replace(nodes=nodes, relu=True)
         pool = self._layers.pool(after)
@@ -184,7 +185,7 @@ class _Finder:
                 touches = self._effects.reads if is_changed else self._effects.writes
                 if any(touches(other, value) for other in others):
                     return True
-        if group.norm is None and group.in_place:
+        if group.norm is None and group.how == "out += residual":
             return not self._effects.is_alone(group.x)
         return False
 
@@ -246,6 +247,13 @@ def is_relu_call(node: fx.Node) -> bool:
     """Whether `node` is a ReLU, called as a function or method."""
     is_call = node.op in ("call_function", "call_method")
     return is_call and node.target in RELU and is_unary(node, flag="inplace")
+
+
+def _how(add: fx.Node, out: object) -> Sum:
+    """How the addition `add` is written, of which one operand is `out`."""
+    if is_in_place_add(add):
+        return "out += residual"
+    return "out + residual" if add.args[0] is out else "residual + out"
 
 
 def is_unary(node: fx.Node, flag: str | None = None) -> bool:

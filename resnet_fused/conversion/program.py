@@ -109,9 +109,9 @@ def _call(graph: fx.Graph, group: Group) -> tuple[Callable[..., Tensor], tuple[A
     if group.pool is not None:
         return graph_steps.conv_bn_relu_max_pool, (graph.get_attr(group.pool),)
     if group.norm is None:
-        return graph_steps.add_relu, (group.residual, group.in_place)
+        return graph_steps.add_relu, (group.residual, group.how)
     function = graph_steps.bn_relu if group.conv is None else graph_steps.conv_bn_relu
-    return function, (group.residual, group.relu, group.in_place)
+    return function, (group.residual, group.relu, group.how)
 
 
 def _storable(value: Any) -> Any:

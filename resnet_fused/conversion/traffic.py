@@ -246,7 +246,7 @@ class _StepCounter:
         bn: nn.Module,
         residual: Tensor | None = None,
         relu: bool = True,
-        in_place: bool = False,
+        how: str = "",
     ) -> Tensor:
         out: Tensor = bn(conv(x))
         sizes, add = _Sizes(x.numel(), out.numel()), residual is not None
@@ -268,13 +268,13 @@ class _StepCounter:
         bn: nn.Module,
         residual: Tensor | None = None,
         relu: bool = True,
-        in_place: bool = False,
+        how: str = "",
     ) -> Tensor:
         out: Tensor = bn(x)
         self._note(_group(norm=True, add=residual is not None, relu=relu, written=out.numel()))
         return out if residual is None else out + residual
 
-    def add_relu(self, x: Tensor, residual: Tensor, in_place: bool = False) -> Tensor:
+    def add_relu(self, x: Tensor, residual: Tensor, how: str = "") -> Tensor:
         out = x + residual
         self._note(_group(add=True, relu=True, written=out.numel()))
         return out

@@ -1,11 +1,11 @@
 """What a node of a rewritten graph computes: layers of other people's modules, fused.
 
 Everything is decided at each call from the modules and tensors at hand. Where the fused computation
-would not be exact, the layers run one by one. in_place: the sum is `out += residual`, which keeps
-the dtype of out.
+would not be exact, the layers run one by one, and the sum is written as it was: `out += residual`
+keeps the dtype of out, and the memory format of a sum is that of its first operand.
 """
 
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from resnet_fused.nn.pairs import (
 from resnet_fused.nn.synchronization import group_of
 from resnet_fused.ops.add_relu import add_relu as fused_add_relu
 
+Sum = Literal["out + residual", "residual + out", "out += residual"]
+
 
 def conv_bn_relu(
     x: Tensor,
@@ -34,7 +36,7 @@ def conv_bn_relu(
     bn: nn.Module,
     residual: Tensor | None = None,
     relu: bool = True,
-    in_place: bool = False,
+    how: Sum = "out + residual",
 ) -> Tensor:
     """relu(bn(conv(x)) + residual). x: (N, C, H, W); residual, out: (N, K, P, Q)."""
     if is_plain_conv(conv) and _is_fused(x, bn, relu and residual is None):
@@ -43,8 +45,8 @@ def conv_bn_relu(
             return blocks.pair_forward(x, pair, None, relu)
         if _is_like(residual, x, _output_shape(x, pair[0]), computed_dtype(x)):
             return blocks.pair_forward(x, pair, residual, relu)
-        return _finish(blocks.pair_forward(x, pair, None, relu=False), residual, relu, in_place)
-    return _finish(bn(conv(x)), residual, relu, in_place)
+        return _finish(blocks.pair_forward(x, pair, None, relu=False), residual, relu, how)
+    return _finish(bn(conv(x)), residual, relu, how)
 
 
 def conv_bn_relu_max_pool(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module) -> Tensor:
@@ -60,18 +62,18 @@ def bn_relu(
     bn: nn.Module,
     residual: Tensor | None = None,
     relu: bool = True,
-    in_place: bool = False,
+    how: Sum = "out + residual",
 ) -> Tensor:
     """relu(bn(x) + residual). x, residual, out: (N, C, H, W)."""
     if _is_fused(x, bn, relu and residual is None):
         arguments = batch_norm_args(cast(BatchNorm, bn)), group_of(cast(BatchNorm, bn))
         if residual is None or _is_like(residual, x, tuple(x.shape), x.dtype):
             return normalization.bn_relu(x, *arguments, residual=residual, relu=relu)
-        return _finish(normalization.bn_relu(x, *arguments, relu=False), residual, relu, in_place)
-    return _finish(bn(x), residual, relu, in_place)
+        return _finish(normalization.bn_relu(x, *arguments, relu=False), residual, relu, how)
+    return _finish(bn(x), residual, relu, how)
 
 
-def add_relu(x: Tensor, residual: Tensor, in_place: bool = False) -> Tensor:
+def add_relu(x: Tensor, residual: Tensor, how: Sum = "out + residual") -> Tensor:
     """relu(x + residual). x, residual, out: (N, C, H, W)."""
     if (
         isinstance(x, Tensor)
@@ -81,7 +83,7 @@ def add_relu(x: Tensor, residual: Tensor, in_place: bool = False) -> Tensor:
         and backends.is_accelerated("add_relu", x)
     ):
         return fused_add_relu(x, residual)
-    return _finish(x, residual, True, in_place)
+    return _finish(x, residual, True, how)
 
 
 def _is_fused(x: Tensor, bn: nn.Module, relu_follows: bool) -> bool:
@@ -112,10 +114,10 @@ def _output_shape(x: Tensor, conv: nn.Conv2d) -> tuple[int, ...]:
     return convolution_shape(tuple(x.shape), conv.weight.shape, conv.stride, padding, conv.dilation)
 
 
-def _finish(out: Tensor, residual: Tensor | None, relu: bool, in_place: bool) -> Tensor:
+def _finish(out: Tensor, residual: Tensor | None, relu: bool, how: Sum) -> Tensor:
     """relu(out + residual), step by step. `out` belongs to nobody else."""
-    if residual is not None and in_place:
+    if residual is not None and how == "out += residual":
         out += residual
     elif residual is not None:
-        out = out + residual
+        out = residual + out if how == "residual + out" else out + residual
     return F.relu(out) if relu else out
