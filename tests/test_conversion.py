@@ -21,12 +21,13 @@ from hand_written_blocks import (
 )
 from model_equality import assert_same_function, images, randomize, step
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import resnet_fused
 from resnet_fused import models
 from resnet_fused.conversion import explain, fuse, unfuse
-from resnet_fused.conversion.swap import FusedBlock
+from resnet_fused.conversion.swap import FusedBlock, plan_of
 from resnet_fused.nn import BasicBlock, TrainingMode
 
 X = images(3, 8, 9, 7)
@@ -133,7 +134,7 @@ def test_unknown_forwards_are_not_fused_as_a_whole(name: str) -> None:
     sorted(
         UNPROVABLE.keys()
         - {
-            *("returns_two", "drops_in_training"),
+            "returns_two",
             "adds_into_input",  # which eager PyTorch refuses where the input needs a gradient
         }
     ),
@@ -141,6 +142,49 @@ def test_unknown_forwards_are_not_fused_as_a_whole(name: str) -> None:
 def test_unknown_forwards_compute_the_same(name: str, training: bool) -> None:
     block = randomize(UNPROVABLE[name][0]())
     assert_same_function(block, fuse, X, training, deep=False)
+
+
+class Drops(nn.Module):
+    """As wide residual networks do it, in a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _DropsBetween()
+        self.last = nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.last(self.inner(x)))
+
+
+class _DropsBetween(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.dropout(x, 0.5, training=self.training)
+        return self.conv2(x) if self.training else self.conv2(x) * 1.5
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_training_and_evaluation_may_differ(training: bool) -> None:
+    model = randomize(Drops())
+    patterns = {row.path: row.pattern for row in explain(model).rows}
+    assert patterns == {"": "conv+BN+ReLU, BN+ReLU"}
+    fused = fuse(model)
+    assert [step.text for step in plan_of(fused).recipe.training.steps] == ["conv+BN+ReLU"] * 2
+    assert_same_function(model, fuse, X, training)
+    # A part in the other mode: nothing is made for that.
+    for m in (model, fused):
+        m.train(training).inner.train(not training)
+    for seed in range(2):
+        outs = []
+        for m in (copy.deepcopy(model), fused):
+            torch.manual_seed(seed)
+            outs.append(m(X))
+        torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
 
 
 def _set(name: str, make: Callable[[nn.Module], nn.Module]) -> Callable[[Basic], object]:

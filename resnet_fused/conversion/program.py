@@ -35,7 +35,9 @@ class Program(NamedTuple):
     rest: why the module is not fused as a whole, "" if there is nothing to say.
     source: of `forward(self, x)`. names: what it refers to, by global name; modules as _Imported.
     steps: in order. bypassed: paths of modules that are no longer called, convolutions and batch
-    norms apart, which each step looks at.
+    norms apart, which each step looks at. inlined: paths of those whose forwards are part of it.
+    training: what runs in training, where that is another forward; all that is inlined must be in
+    the same mode then.
     """
 
     source: str
@@ -43,6 +45,13 @@ class Program(NamedTuple):
     steps: tuple[Step, ...]
     rest: str
     bypassed: tuple[str, ...]
+    inlined: tuple[str, ...]
+    training: "Program | None" = None
+
+    def with_training(self, training: "Program") -> "Program":
+        """The same in evaluation, and `training` in training."""
+        bypassed = tuple(sorted({*self.bypassed, *training.bypassed}))
+        return self._replace(bypassed=bypassed, training=training)
 
 
 class _Imported(NamedTuple):
@@ -68,6 +77,7 @@ def make_program(trace: Trace, groups: Sequence[Group], rest: str) -> Program:
         tuple(_step(group) for group in groups),
         rest,
         tuple(sorted(bypassed)),
+        tuple(sorted(trace.inlined)),
     )
 
 

@@ -1,7 +1,8 @@
 """Every place in a model that this library can run, or that looks like it, with the verdict."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import fx, nn
@@ -15,7 +16,7 @@ from resnet_fused.conversion.proof import prove_block, prove_network
 from resnet_fused.conversion.roles import Roles
 from resnet_fused.conversion.stand_ins import Attribute, NotProvenError, join
 from resnet_fused.conversion.swap import is_stage, native_roles, parts_of, plan_of
-from resnet_fused.conversion.tracing import Trace, trace, trace_once
+from resnet_fused.conversion.tracing import Trace, Traces, trace, trace_once
 from resnet_fused.nn.pairs import as_pair, is_plain_conv
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -70,7 +71,7 @@ class _Survey:
         blocks -= {path for path in blocks if any(_is_inside(other, path) for other in blocks)}
         self._candidates = blocks | {p for p, m in self._modules.items() if _looks_like_network(m)}
         self._verdicts: dict[str, Finding] = {}
-        self._traces: dict[str, Trace | NotProvenError] = {}
+        self._traces: dict[str, Traces | NotProvenError] = {}
         self._findings: list[Finding] = []
 
     def run(self) -> list[Finding]:
@@ -121,7 +122,7 @@ class _Survey:
         if not self._is_worth_tracing(path):
             return
         try:
-            found = self._trace_of(path)
+            found = self._trace_of(path).single
             if path not in self._candidates and not any(map(is_add, found.graph.nodes)):
                 return
             roles, attributes = self._prove(path, found)
@@ -145,7 +146,7 @@ class _Survey:
             failure = error
         # Layers may stand in modules of the block: their forwards are part of its own then.
         try:
-            inside = self._open(path, self._inlinable(path))
+            inside = self._open(path, self._inlinable(path)).single
             return prove_block(inside, may_write), inside.attributes
         except NotProvenError:
             if roles is None:
@@ -206,21 +207,33 @@ class _Survey:
         if any(map(is_lazy, module.modules())):
             return None
         try:
-            self._trace_of(path)
             everything = self._inlinable(path)
-            groups = self._groups(path, self._open(path, everything, module.training))
-            inlined = _needed(groups)
-            if inlined is None:
+            inside = [path, *(join(path, inner) for inner in everything)]
+            are_same = all(self._trace_of(each).are_same for each in inside)
+            inlined: set[str] = set()
+            for training in (module.training,) if are_same else (False, True):
+                found = self._open_once(path, everything, training)
+                inlined |= _needed(self._groups(path, found))
+            if not inlined:
                 return None
-            found = self._open(path, inlined - {""})
-            groups = self._groups(path, found)
+            traces = self._open(path, frozenset(inlined) - {""})
         except NotProvenError:
-            return None
-        if not groups:
             return None
         verdict = self._verdicts.get(path)
         rest = "" if verdict is None else verdict.reason
-        return make_program(found, groups, rest), found.attributes
+        return self._written(path, traces, rest)
+
+    def _written(
+        self, path: str, traces: Traces, rest: str
+    ) -> tuple[Program, tuple[Attribute, ...]] | None:
+        found = [traces.evaluation] if traces.are_same else [traces.evaluation, traces.training]
+        groups = [self._groups(path, each) for each in found]
+        if not any(groups):
+            return None
+        program, *others = map(make_program, found, groups, (rest, rest))
+        for other in others:
+            program = program.with_training(other)
+        return program, traces.evaluation.attributes
 
     def _groups(self, path: str, found: Trace) -> list[Group]:
         def may_fuse(inner: str) -> bool:
@@ -229,7 +242,7 @@ class _Survey:
 
         return find_groups(found, may_fuse, functools.partial(self._may_write, path))
 
-    def _trace_of(self, path: str) -> Trace:
+    def _trace_of(self, path: str) -> Traces:
         """The trace of one module in which every child is a node. Raises NotProvenError."""
         if path not in self._traces:
             try:
@@ -241,22 +254,14 @@ class _Survey:
             raise found
         return found
 
-    def _open(self, path: str, inlined: frozenset[str], training: bool | None = None) -> Trace:
-        """The trace with the modules at `inlined` taken apart, but those that prevent it.
+    def _open(self, path: str, inlined: frozenset[str]) -> Traces:
+        """The traces with the modules at `inlined` taken apart, but those that prevent it."""
+        return _without_obstacles(functools.partial(trace, self._modules[path]), inlined)
 
-        training: the only mode to trace in; None for all of them.
-        """
-        module = self._modules[path]
-        while True:
-            try:
-                if training is not None:
-                    return trace_once(module, inlined, training)
-                return trace(module, inlined)
-            except NotProvenError as error:
-                if error.path not in inlined:
-                    raise
-                blamed = error.path
-                inlined = frozenset(p for p in inlined if p != blamed and not _is_inside(p, blamed))
+    def _open_once(self, path: str, inlined: frozenset[str], training: bool) -> Trace:
+        """The same in one mode."""
+        once = functools.partial(trace_once, self._modules[path], training=training)
+        return _without_obstacles(once, inlined)
 
     def _inlinable(self, path: str) -> frozenset[str]:
         """Paths, inside the module at `path`, of the modules that can be taken apart."""
@@ -318,7 +323,7 @@ class _Survey:
         may_write = functools.partial(self._may_write, place)
         for training in (True, False):
             try:
-                inside = self._open(place, self._all_inside(place), training)
+                inside = self._open_once(place, self._all_inside(place), training)
             except NotProvenError:
                 return True
             if Effects(inside.graph, inside.module, may_write).writes_to_input():
@@ -337,10 +342,25 @@ class _Survey:
         )
 
 
-def _needed(groups: list[Group]) -> frozenset[str] | None:
+Found = TypeVar("Found")
+
+
+def _without_obstacles(traced: Callable[[frozenset[str]], Found], inlined: frozenset[str]) -> Found:
+    """traced(inlined), without the modules that prevent it."""
+    while True:
+        try:
+            return traced(inlined)
+        except NotProvenError as error:
+            if error.path not in inlined:
+                raise
+            blamed = error.path
+            inlined = frozenset(p for p in inlined if p != blamed and not _is_inside(p, blamed))
+
+
+def _needed(groups: list[Group]) -> frozenset[str]:
     """The modules that must be taken apart for the groups that reach over their borders.
 
-    None where no group starts in one module and ends in another, or in the outermost one.
+    Empty where no group starts in one module and ends in another, or in the outermost one, "".
     """
     opened: set[str] = set()
     owned: set[int] = set()
@@ -355,7 +375,7 @@ def _needed(groups: list[Group]) -> frozenset[str] | None:
             for scope in scopes:
                 opened |= {scope} | {*_above(scope)}
             changed = True
-    return frozenset(opened | {""}) if owned else None
+    return frozenset(opened | {""}) if owned else frozenset()
 
 
 def _common(paths: set[str]) -> str:

@@ -174,13 +174,22 @@ class FusedNetwork(Fused):
 class FusedGraph(Fused):
     """A forward in which groups of layers are fused."""
 
+    _resnet_fused_programs: tuple[Callable[[Any, Tensor], Any], ...]  # evaluation, training
+
     def forward(self, *args: object, **kwargs: object) -> object:
         # Modules that are left out cannot be traced, and no hook of all modules hears of them.
         is_plain = torch._C._get_tracing_state() is None and not torch_module._has_any_global_hook()
         is_proven = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        if is_proven and is_plain and self._is_as_proven():
-            return type(self)._resnet_fused_program(self, args[0])  # type: ignore[attr-defined]
+        if is_proven and is_plain and self._is_as_proven() and self._is_in_one_mode():
+            return self._resnet_fused_programs[self.training](self, cast(Tensor, args[0]))
         return super().forward(*args, **kwargs)
+
+    def _is_in_one_mode(self) -> bool:
+        """Whether the mode of this module is that of all whose forwards are part of its own."""
+        recipe = cast(Program, self._resnet_fused_plan.recipe)
+        return recipe.training is None or all(
+            _at(self, path).training == self.training for path in recipe.inlined
+        )
 
 
 _OURS: dict[str, type[nn.Module]] = {
@@ -282,7 +291,8 @@ def _fused_class(plan: Plan) -> type[nn.Module]:
     namespace: dict[str, Any] = {"__doc__": original.__doc__, "__module__": __name__}
     namespace |= {"_resnet_fused_plan": plan, "_resnet_fused_original": original}
     if isinstance(recipe, Program):
-        namespace["_resnet_fused_program"] = staticmethod(compiled(recipe))
+        programs = (recipe, recipe if recipe.training is None else recipe.training)
+        namespace["_resnet_fused_programs"] = tuple(map(compiled, programs))
         pattern = "Graph"
     else:
         pattern = recipe.pattern

@@ -42,8 +42,27 @@ class Trace(NamedTuple):
     attributes: tuple[Attribute, ...]
 
 
-def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Trace:
-    """The trace of `module` and the modules at the paths `inlined`, the same in every mode.
+class Traces(NamedTuple):
+    """The traces of a module in training and in evaluation, all that it is made of in that mode."""
+
+    training: Trace
+    evaluation: Trace
+
+    @property
+    def are_same(self) -> bool:
+        """Whether both compute the same."""
+        return _are_equal(self.training, self.evaluation)
+
+    @property
+    def single(self) -> Trace:
+        """The trace of both modes. Raises NotProvenError if they differ."""
+        if not self.are_same:
+            raise NotProvenError("it differs between training and evaluation")
+        return self.training
+
+
+def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Traces:
+    """The traces of `module` and the modules at the paths `inlined`, with and without gradients.
 
     Raises NotProvenError, with the path of the module whose forward is to blame.
     """
@@ -52,12 +71,11 @@ def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Trace:
         # An autocast region shows where it changes the mode, so both are tried in training and not.
         with torch.set_grad_enabled(grad), _autocast(enabled=training is grad):
             traces.append(trace_once(module, inlined, training))
-    first = traces[0]
-    if any(not _are_equal(other, first) for other in traces):
-        raise NotProvenError("it differs between training and evaluation")
+    if not (_are_equal(*traces[:2]) and _are_equal(*traces[2:])):
+        raise NotProvenError("it differs with and without gradients")
     # A read in one of the modes is a read.
-    attributes = dict.fromkeys(a for found in traces for a in found.attributes)
-    return first._replace(attributes=tuple(attributes))
+    attributes = tuple(dict.fromkeys(a for found in traces for a in found.attributes))
+    return Traces(*(found._replace(attributes=attributes) for found in traces[::2]))
 
 
 def trace_once(module: nn.Module, inlined: frozenset[str], training: bool) -> Trace:
