@@ -59,16 +59,18 @@ class _Imported(NamedTuple):
 
 
 def make_program(trace: Trace, groups: Sequence[Group], rest: str) -> Program:
-    """The forward of a trace's module with `groups` fused. The trace's graph is used up."""
+    """The forward of a trace's module with `groups` fused."""
     bypassed = set(trace.inlined) - {""}
-    fused: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(trace.graph, copies))
     for group in groups:
         layers = (group.conv, group.norm)
         bypassed |= {str(n.target) for n in group.nodes if n.op == "call_module"} - {*layers}
-        _replace(trace.graph, group, fused)
-    for node in trace.graph.nodes:
+        _replace(graph, group, copies)
+    for node in graph.nodes:
         node.type = None
-    code = trace.graph.python_code("self")
+    code = graph.python_code("self")
     used = set(re.findall(r"\w+", code.src))
     names = {name: value for name, value in code.globals.items() if name in used}
     return Program(
@@ -99,20 +101,18 @@ def _step(group: Group) -> Step:
     return Step(group.text, group.conv, group.norm, residual, group.relu, group.pool)
 
 
-def _replace(graph: fx.Graph, group: Group, fused: dict[fx.Node, fx.Node]) -> None:
-    """Exchange the nodes of a group for one; fused: the nodes that stand for others' last ones."""
-    group = group._replace(
-        x=fused.get(group.x, group.x),
-        residual=group.residual and fused.get(group.residual, group.residual),
-    )
-    last = group.nodes[-1]
+def _replace(graph: fx.Graph, group: Group, copies: dict[fx.Node, fx.Node]) -> None:
+    """Exchange the nodes of a group for one; copies: the nodes of `graph`, by those they are of."""
+    residual = None if group.residual is None else copies[group.residual]
+    last = copies[group.nodes[-1]]
     with graph.inserting_before(last):
         layers = [graph.get_attr(path) for path in (group.conv, group.norm) if path is not None]
-        function, rest = _call(graph, group)
-        fused[last] = graph.call_function(function, (group.x, *layers, *rest))
-    last.replace_all_uses_with(fused[last])
+        function, rest = _call(graph, group._replace(residual=residual))
+        fused = graph.call_function(function, (copies[group.x], *layers, *rest))
+    last.replace_all_uses_with(fused)
     for node in reversed(group.nodes):
-        graph.erase_node(node)
+        graph.erase_node(copies[node])
+    copies[group.nodes[-1]] = fused
 
 
 def _call(graph: fx.Graph, group: Group) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:

@@ -16,6 +16,7 @@ from resnet_fused.conversion.proof import prove_block, prove_network
 from resnet_fused.conversion.roles import Roles
 from resnet_fused.conversion.stand_ins import Attribute, NotProvenError, join
 from resnet_fused.conversion.swap import is_stage, native_roles, parts_of, plan_of
+from resnet_fused.conversion.trace_cache import TraceCache
 from resnet_fused.conversion.tracing import Trace, Traces, trace, trace_once
 from resnet_fused.nn.pairs import as_pair, is_plain_conv
 
@@ -71,7 +72,7 @@ class _Survey:
         blocks -= {path for path in blocks if any(_is_inside(other, path) for other in blocks)}
         self._candidates = blocks | {p for p, m in self._modules.items() if _looks_like_network(m)}
         self._verdicts: dict[str, Finding] = {}
-        self._traces: dict[str, Traces | NotProvenError] = {}
+        self._cache = TraceCache()
         self._findings: list[Finding] = []
 
     def run(self) -> list[Finding]:
@@ -244,24 +245,25 @@ class _Survey:
 
     def _trace_of(self, path: str) -> Traces:
         """The trace of one module in which every child is a node. Raises NotProvenError."""
-        if path not in self._traces:
-            try:
-                self._traces[path] = trace(self._modules[path])
-            except NotProvenError as error:
-                self._traces[path] = error
-        found = self._traces[path]
-        if isinstance(found, NotProvenError):
-            raise found
-        return found
+        return self._traced(path, frozenset())
 
     def _open(self, path: str, inlined: frozenset[str]) -> Traces:
         """The traces with the modules at `inlined` taken apart, but those that prevent it."""
-        return _without_obstacles(functools.partial(trace, self._modules[path]), inlined)
+        return _without_obstacles(functools.partial(self._traced, path), inlined)
 
     def _open_once(self, path: str, inlined: frozenset[str], training: bool) -> Trace:
         """The same in one mode."""
-        once = functools.partial(trace_once, self._modules[path], training=training)
+        module = self._modules[path]
+
+        def once(inlined: frozenset[str]) -> Trace:
+            make = functools.partial(trace_once, module, inlined, training)
+            return self._cache.get((inlined, training), module, make)
+
         return _without_obstacles(once, inlined)
+
+    def _traced(self, path: str, inlined: frozenset[str]) -> Traces:
+        module = self._modules[path]
+        return self._cache.get(inlined, module, lambda: trace(module, inlined))
 
     def _inlinable(self, path: str) -> frozenset[str]:
         """Paths, inside the module at `path`, of the modules that can be taken apart."""
