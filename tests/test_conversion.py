@@ -26,8 +26,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import resnet_fused
 from resnet_fused import models
-from resnet_fused.conversion import explain, fuse, unfuse
-from resnet_fused.conversion.swap import FusedBlock, plan_of
+from resnet_fused.conversion import explain, fuse, survey, tracing, unfuse
+from resnet_fused.conversion.swap import Fused, FusedBlock, plan_of
 from resnet_fused.nn import BasicBlock, TrainingMode
 
 X = images(3, 8, 9, 7)
@@ -185,6 +185,54 @@ def test_training_and_evaluation_may_differ(training: bool) -> None:
             torch.manual_seed(seed)
             outs.append(m(X))
         torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
+
+
+class Scaled(Basic):
+    """What its forward does depends on attributes, and on which layers are the same one."""
+
+    def __init__(self, scale: float = 1.0, twice: bool = False, activation: Any = F.relu) -> None:
+        super().__init__(8, 8, 1)
+        self.scale, self.activation = scale, activation
+        if twice:
+            self.conv2 = self.conv1
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(self.conv1(x)) * self.scale
+        out = self.bn2(self.conv2(self.activation(out))) if self.scale > 0 else out
+        return F.relu(out + x)
+
+
+def test_modules_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = []
+
+    def trace_once(*args: Any) -> Any:
+        traced.append(args[0])
+        return tracing.trace_once(*args)
+
+    monkeypatch.setattr(survey, "trace_once", trace_once)
+    monkeypatch.setattr(
+        survey, "trace", lambda *args: traced.append(args[0]) or tracing.trace(*args)
+    )
+    settings: list[dict[str, Any]] = [
+        *({}, {"scale": 0.5}, {"scale": -1.0}, {"activation": F.silu}, {"twice": True}),
+    ]
+    once = [randomize(Scaled(**each), seed=i) for i, each in enumerate(settings)]
+    again = [randomize(Scaled(**each), seed=9 + i) for i, each in enumerate(settings)]
+    model = nn.Sequential(*once, *again)
+    assert_same_function(model, fuse, X, training=True, deep=True)
+    fused = [module for module in fuse(model).modules() if isinstance(module, Fused)]
+    assert len(fused) == 2 * len(settings)
+    assert all(module._is_as_proven() for module in fused)
+    traced.clear()
+    explain(nn.Sequential(*once))
+    number = len(traced)
+    traced.clear()
+    explain(model)
+    assert 5 < len(traced) <= number + 2  # the sequence is another one
+    again[1].conv2.padding_mode = "circular"
+    patterns = {row.path: row.pattern for row in explain(model).rows}
+    assert patterns["1"] == "conv+BN, conv+BN+add+ReLU"
+    assert patterns["6"] == "conv+BN, BN+add+ReLU"
 
 
 def _set(name: str, make: Callable[[nn.Module], nn.Module]) -> Callable[[Basic], object]:
