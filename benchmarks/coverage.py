@@ -169,7 +169,8 @@ def examine(case: Case) -> Result:
             warnings.filterwarnings("ignore", message="fuse: .* could be fused")
             fused = rf.fuse(double)
             errors = {
-                mode: float64_error(fused, x, case, mode, exact[mode], wrong) for mode in MODES
+                mode: float64_error(fused, double, x, case, mode, exact[mode], wrong)
+                for mode in MODES
             }
             exact.clear()
             return compare(Trio(model, rf.fuse(model), double), case, wrong, result)._replace(
@@ -232,6 +233,7 @@ def one_step(model: nn.Module, x: Tensor, case: Case, mode: str) -> dict[str, Te
 
 def float64_error(
     fused: nn.Module,
+    plain: nn.Module,
     x: Tensor,
     case: Case,
     mode: str,
@@ -241,6 +243,8 @@ def float64_error(
     """The largest relative distance from `exact`, of outputs, gradients and buffers.
 
     In evaluation also of the outputs without gradients, twice, as weights may then be prepared.
+    Above LIMIT, it may be twice what the plain model makes of a rounding of its input: gradients
+    that are zero but for rounding, and batch norms of two values, can be that far off.
     """
     tensors = one_step(fused, x, case, mode)
     if tensors.keys() != exact.keys():
@@ -253,8 +257,26 @@ def float64_error(
                 errors[name] = max(errors[name], distance(out, exact[name]))
     worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] <= LIMIT:
-        wrong.append(f"{mode}: {worst} is off by {errors[worst]:.0e} in float64")
+        noise = rounding_errors(plain, x, case, mode, exact)
+        wrong += [
+            f"{mode}: {name} is off by {error:.0e} in float64"
+            for name, error in errors.items()
+            if not (error <= LIMIT or error <= 2.0 * noise[name])
+        ][:1]
     return errors[worst]
+
+
+def rounding_errors(
+    plain: nn.Module, x: Tensor, case: Case, mode: str, exact: dict[str, Tensor]
+) -> dict[str, float]:
+    """The largest relative distances from `exact` when the input is rounded in five other ways."""
+    largest = dict.fromkeys(exact, 0.0)
+    for seed in range(5):
+        signs = torch.sign(images(*x.shape, seed=seed, dtype=torch.float64))
+        rounded = x.double() * (1.0 + torch.finfo(torch.float64).eps * signs)
+        for name, tensor in one_step(plain, rounded, case, mode).items():
+            largest[name] = max(largest[name], distance(tensor, exact[name]))
+    return largest
 
 
 def check_float32(trio: Trio, case: Case, mode: str, wrong: list[str], when: str = "") -> None:
@@ -362,7 +384,8 @@ def document(results: Iterable[Result]) -> str:
         "Of each model, with random weights and statistics: how many of the places that `explain` "
         "lists are fused, fused in part, and left alone, with the most frequent reason; and the "
         "largest relative distance from the plain model in float64, over outputs, gradients and "
-        f"buffers, which must be at most {LIMIT:.0e}. `ok` says besides that the outputs in "
+        f"buffers, which must be at most {LIMIT:.0e}, or twice what a rounding of the input makes "
+        "of it in the plain model. `ok` says besides that the outputs in "
         "float32 are as near to float64 as the rule in CONTRIBUTING.md asks, that `state_dict` has "
         "the same keys over the same tensors, that weights loaded into the fused model take "
         "effect, and that `unfuse` gives the same classes and, bit by bit, the same numbers. Of "
