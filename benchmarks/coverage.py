@@ -24,7 +24,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import median
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -52,9 +51,9 @@ class Result(NamedTuple):
 
     family: str
     name: str
-    states: Mapping[str, int] = MappingProxyType({})
+    states: Mapping[str, int]
+    errors: Mapping[str, float]
     reason: str = ""
-    errors: Mapping[str, float] = MappingProxyType({})
     wrong: tuple[str, ...] = ()
     skipped: str = ""
 
@@ -149,7 +148,7 @@ def _named(label: str) -> Result:
 
 def examine(case: Case) -> Result:
     """Compare the model with its fused self."""
-    result = Result(case.family, case.name)
+    result = Result(case.family, case.name, states={}, errors={})
     x = images(*case.shape)
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
