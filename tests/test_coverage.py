@@ -301,6 +301,6 @@ def test_usage(
 
 
 def test_what_is_skipped_comes_back_from_another_process() -> None:
-    result = coverage.examine(CASES["hand-written blocks: adds_into_input"])
+    result = coverage.examine(CASES["hand-written blocks, left alone: adds_into_input"])
     assert result.skipped
     assert pickle.loads(pickle.dumps(result)) == result  # noqa: S301
