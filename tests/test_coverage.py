@@ -304,3 +304,15 @@ def test_what_is_skipped_comes_back_from_another_process() -> None:
     result = coverage.examine(CASES["hand-written blocks, left alone: adds_into_input"])
     assert result.skipped
     assert pickle.loads(pickle.dumps(result)) == result  # noqa: S301
+
+
+def test_the_document_lists_every_model_and_nothing_wrong() -> None:
+    text = (ROOT / "docs" / "coverage.md").read_text()
+    families = text.split("\n## ")[1:]
+    listed = {
+        f"{family.splitlines()[0]}: {name}" for family in families for name in lines_of(family)
+    }
+    assert listed == set(CASES)
+    verdicts = [cells[6] for cells in lines_of(text).values()]
+    assert all(v == "ok" or v.startswith("skipped: ") for v in verdicts)
+    assert sum("timm" in label for label in CASES) >= 60
