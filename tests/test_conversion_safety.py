@@ -321,7 +321,7 @@ def asks_identity(self: Layers, x: Tensor) -> Tensor:
 def catches(self: Layers, x: Tensor) -> Tensor:
     try:
         factor = 2.0 if x.sum() > -1e9 else 1.0
-    except Exception:
+    except Exception:  # what a forward is tested for
         factor = 3.0
     return self.first(x) * factor
 
@@ -1207,7 +1207,7 @@ def test_inputs_of_other_kinds(name: str) -> None:
             for model in (fused, twin):
                 try:
                     results.append(model.train(training)(make_input()))
-                except Exception as error:
+                except Exception as error:  # compared below
                     results.append(error)
             actual, expected = results
             if isinstance(expected, Tensor):
@@ -1280,7 +1280,7 @@ def test_threads() -> None:
             while not stop.is_set():
                 torch.testing.assert_close(twin(X), expected)
                 torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)
-        except Exception as error:
+        except Exception as error:  # asserted below: a thread cannot fail the test
             errors.append(error)
 
     threads = [threading.Thread(target=serve) for _ in range(2)]

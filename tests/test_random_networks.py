@@ -200,7 +200,7 @@ def _check(case: Case) -> bool:
 def _after(event: Any, model: nn.Module, plain: nn.Module) -> Any:
     try:
         return happen(event, model, plain)
-    except Exception as error:
+    except Exception as error:  # compared with eager's
         return error
 
 
@@ -299,7 +299,7 @@ def run(model: nn.Module, compare: Compare, x: Tensor, plain: nn.Module) -> Outc
                 outputs += _tensors_in(model(2.0 * leaf))
             if has_gradients:
                 _backward(outputs, leaf, compare.mode)
-    except Exception as error:
+    except Exception as error:  # compared with eager's
         failure = error
     tensors = {f"out {i}": out for i, out in enumerate(outputs)} | {"x": x}
     if leaf.grad is not None:

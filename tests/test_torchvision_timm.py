@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -283,3 +284,38 @@ def test_timm_partly_fused_computes_the_same(timm: ModuleType) -> None:
 
 def test_timm_round_trip(timm: ModuleType) -> None:
     assert_round_trip(randomize(timm.create_model("resnet50", num_classes=7)))
+
+
+def _hook(_: nn.Module, inputs: object, out: torch.Tensor) -> torch.Tensor:
+    return out - 1.0
+
+
+@pytest.mark.parametrize("kind", ["groups", "pooled", "block"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda norm: setattr(norm, "act", nn.SiLU()),
+        lambda norm: setattr(norm, "act", nn.Identity()),
+        lambda norm: norm.register_forward_hook(_hook),
+        lambda norm: norm.act.register_forward_hook(_hook),
+    ],
+    ids=["other_activation", "no_activation", "hook", "hook_on_activation"],
+)
+def test_an_activation_in_a_norm_changes_later(
+    kind: str, change: Callable[[nn.Module], object], timm: ModuleType
+) -> None:
+    norm, conv = timm.layers.BatchNormAct2d, timm.layers.create_conv2d
+    if kind == "block":
+        resnetv2 = importlib.import_module("timm.models.resnetv2")
+        model = resnetv2.PreActBottleneck(8, 8, conv_layer=conv, norm_layer=norm)
+    else:
+        pool = [nn.MaxPool2d(2)] if kind == "pooled" else []
+        model = nn.Sequential(nn.Conv2d(8, 8, 3), norm(8), *pool)
+    model = randomize(model).eval()
+    fused = fuse(model)
+    assert explain(fused).rows[0].state == "fused"
+    x = images(2, 8, 7, 6)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+    for each in (fused, twin := copy.deepcopy(model)):
+        change(next(m for m in each.modules() if isinstance(m, norm)))
+    torch.testing.assert_close(fused(x), twin(x), rtol=1e-4, atol=1e-5)

@@ -28,6 +28,7 @@ _FRESH_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish),
     *(nn.Hardsigmoid, nn.GroupNorm, nn.LayerNorm),
 )
+_OUTSIDE = ("placeholder", "get_attr")  # nodes that stand for what is there before the call
 _RUNNING = ("running_mean", "running_var")
 _IN_PLACE_FUNCTIONS = {
     getattr(operator, name)
@@ -96,7 +97,7 @@ class Effects:
         return self._module.get_submodule(str(node.target))
 
     def _is_fresh(self, node: fx.Node) -> bool:
-        if node.op in ("placeholder", "get_attr"):
+        if node.op in _OUTSIDE:
             return True
         if node.op == "call_module":
             child = self._child(node)
@@ -147,9 +148,6 @@ class CapturedEffects(Effects):
             return super()._sources(node)
         storages = [tensor.untyped_storage()._cdata for tensor in tensors]
         return [self._first.setdefault(storage, node) for storage in storages]
-
-
-_OUTSIDE = ("placeholder", "get_attr")
 
 
 def is_torch_layer(module: nn.Module) -> bool:

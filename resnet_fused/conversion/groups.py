@@ -23,7 +23,8 @@ class Group(NamedTuple):
 
     nodes: all of them, and identities between. The last one's value is the group's. conv, norm,
     pool: paths of modules, or what else names a layer, or None. x, residual: nodes that it reads.
-    how: in which way the residual is added.
+    how: in which way the residual is added. relu: whether there is one, be it in the batch norm;
+    relu_follows: whether it is a node.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -34,6 +35,7 @@ class Group(NamedTuple):
     how: Sum
     relu: bool
     pool: str | None
+    relu_follows: bool = False
 
     @property
     def text(self) -> str:
@@ -150,7 +152,7 @@ class _Finder:
             residual = second if first is value else first
             return group._replace(nodes=nodes, residual=residual, how=_how(after, value))  # type: ignore[arg-type]
         if self._layers.is_relu(after) and not group.relu:
-            return group._replace(nodes=nodes, relu=True)
+            return group._replace(nodes=nodes, relu=True, relu_follows=True)
         pool = self._layers.pool(after)
         is_stem = group.conv is not None and group.relu and group.residual is None
         if pool is not None and is_stem and group.pool is None:

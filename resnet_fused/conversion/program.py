@@ -117,11 +117,12 @@ def _replace(graph: fx.Graph, group: Group, copies: dict[fx.Node, fx.Node]) -> N
 
 def _call(graph: fx.Graph, group: Group) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
     if group.pool is not None:
-        return graph_steps.conv_bn_relu_max_pool, (graph.get_attr(group.pool),)
+        pool = graph.get_attr(group.pool)
+        return graph_steps.conv_bn_relu_max_pool, (pool, group.relu_follows)
     if group.norm is None:
         return graph_steps.add_relu, (group.residual, group.how)
     function = graph_steps.bn_relu if group.conv is None else graph_steps.conv_bn_relu
-    return function, (group.residual, group.relu, group.how)
+    return function, (group.residual, group.relu_follows, group.how)
 
 
 def _storable(value: Any) -> Any:

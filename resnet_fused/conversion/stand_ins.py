@@ -43,6 +43,13 @@ class Attribute(NamedTuple):
     name: str
     value: Hashable
 
+    def holds(self, owner: nn.Module) -> bool:
+        """Whether reading it of `owner`, the module at `path`, gives the same now."""
+        try:
+            return reading(owner, self.name, original_class(owner)) == self.value
+        except NotProvenError:
+            return False
+
 
 class _Found(enum.Enum):
     """What stands in place of a value in `reading`."""

@@ -11,12 +11,7 @@ from torch.nn.modules import module as torch_module
 
 from resnet_fused.conversion.program import Program, compiled
 from resnet_fused.conversion.roles import Roles
-from resnet_fused.conversion.stand_ins import (
-    Attribute,
-    NotProvenError,
-    original_class,
-    reading,
-)
+from resnet_fused.conversion.stand_ins import Attribute, original_class
 from resnet_fused.models import ResNet
 from resnet_fused.models.stages import planned_forwards, run_blocks, stage_forwards
 from resnet_fused.nn import (
@@ -86,7 +81,7 @@ class Fused(nn.Module):
     def _has_proven_attributes(self) -> bool:
         """Whether the attributes that the original forward reads are as at conversion."""
         attributes = type(self)._resnet_fused_plan.proof.attributes
-        return all(_has_value(_at(self, a.path), a) for a in attributes)
+        return all(a.holds(_at(self, a.path)) for a in attributes)
 
 
 def _at(module: nn.Module, path: str) -> nn.Module:
@@ -105,13 +100,6 @@ def _has_children(module: nn.Module, named: tuple[tuple[str, type], ...]) -> boo
 def _same_kind(cls: type, other: type) -> bool:
     # A batch norm may have become one over several processes, or the other way round.
     return cls is other or {cls, other} == {nn.BatchNorm2d, nn.SyncBatchNorm}
-
-
-def _has_value(module: nn.Module, attribute: Attribute) -> bool:
-    try:
-        return reading(module, attribute.name, original_class(module)) == attribute.value
-    except NotProvenError:
-        return False
 
 
 class FusedBlock(Fused):
@@ -219,7 +207,9 @@ def swap_in(module: nn.Module, recipe: Roles | Program, attributes: Sequence[Att
 
     attributes: what the forwards behind the recipe were seen to read.
     """
-    opened = {"", *(path for path in recipe.bypassed if _at(module, path)._modules)}
+    # A batch norm may have its activation in it.
+    layers = recipe.layers if isinstance(recipe, Roles) else ()
+    opened = {"", *(path for path in (*recipe.bypassed, *layers) if _at(module, path)._modules)}
     opened |= {attribute.path for attribute in attributes if attribute.name == "_modules"}
     children = [(path, _children_of(_at(module, path))) for path in sorted(opened)]
     plain = tuple(attribute for attribute in attributes if attribute.name != "_modules")

@@ -11,13 +11,7 @@ from typing import TypeVar
 from torch import nn
 
 from resnet_fused.conversion.layers import hook_on
-from resnet_fused.conversion.stand_ins import (
-    Attribute,
-    NotProvenError,
-    frozen,
-    original_class,
-    reading,
-)
+from resnet_fused.conversion.stand_ins import NotProvenError, frozen, original_class
 from resnet_fused.conversion.tracing import Trace, Traces
 
 Found = TypeVar("Found", Trace, Traces)
@@ -40,7 +34,8 @@ class TraceCache:
             self._structures[module] = _structure(module)
         key = (kind, self._structures[module])
         for found in self._found.get(key, ()):
-            if all(_is_read(module, attribute) for attribute in _first(found).attributes):
+            attributes = _first(found).attributes
+            if all(a.holds(module.get_submodule(a.path)) for a in attributes):
                 return _about(found, module)  # type: ignore[return-value]
         failure = (key, _attributes(module))
         if failure in self._failed:
@@ -81,14 +76,6 @@ def _constant(value: object) -> Hashable:
         return frozen(value)
     except NotProvenError:
         return id(value)
-
-
-def _is_read(module: nn.Module, attribute: Attribute) -> bool:
-    inner = module.get_submodule(attribute.path)
-    try:
-        return reading(inner, attribute.name, original_class(inner)) == attribute.value
-    except NotProvenError:
-        return False
 
 
 def _first(found: Trace | Traces) -> Trace:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from resnet_fused.conversion.clone import HOOK_TABLES, clone_modules
 from resnet_fused.conversion.fuse import restore_classes
+from resnet_fused.conversion.layers import norm_includes_relu
 from resnet_fused.conversion.links import Link
 from resnet_fused.conversion.program import Program, compiled
 from resnet_fused.conversion.roles import Roles
+from resnet_fused.conversion.stand_ins import join
 from resnet_fused.conversion.survey import Finding
 from resnet_fused.conversion.swap import parts_of
 from resnet_fused.nn import graph_steps
@@ -66,13 +68,13 @@ def inference_traffic(
     """
     blocks = {f.path: (f.roles, _layers(f.module, f.roles)) for f in findings if f.roles}
     programs = {f.path: f.recipe for f in findings if isinstance(f.recipe, Program)}
-    places = {_join(path, layer) for path, (_, layers) in blocks.items() for layer in layers}
+    places = {join(path, layer) for path, (_, layers) in blocks.items() for layer in layers}
     sizes, counts = _dry_run(model, places, programs, example_input)
     item_size, images = example_input.element_size(), max(*example_input.shape[:1], 1)
     elements = {path: Traffic(*count, count.after) for path, count in counts.items()}
     for path, (roles, layers) in blocks.items():
-        if all(_join(path, layer) in sizes for layer in layers):
-            known = {layer: sizes[_join(path, layer)] for layer in layers}
+        if all(join(path, layer) in sizes for layer in layers):
+            known = {layer: sizes[join(path, layer)] for layer in layers}
             elements[path] = _roles_traffic(roles, known, links.get(path))
     return {
         path: Traffic(*(count * item_size // images for count in counted))
@@ -143,10 +145,6 @@ def _preactivation_count(main: Sequence[_Sizes], beside: Sequence[_Sizes]) -> _C
     convs_and_add = sum(map(sum, (*main, *beside))) + 3 * main[-1].written
     before = convs_and_add + sum(4 * size.read for size in main)
     return _Counts(before, convs_and_add + 2 * main[0].read)
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _dry_run(
@@ -250,11 +248,11 @@ class _StepCounter:
     ) -> Tensor:
         out: Tensor = bn(conv(x))
         sizes, add = _Sizes(x.numel(), out.numel()), residual is not None
-        self._note(_group(sizes, norm=True, add=add, relu=relu))
+        self._note(_group(sizes, norm=True, add=add, relu=relu or norm_includes_relu(bn)))
         return out if residual is None else out + residual
 
     def conv_bn_relu_max_pool(
-        self, x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module
+        self, x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module, relu: bool = True
     ) -> Tensor:
         out: Tensor = bn(conv(x))
         pooled: Tensor = pool(out)
@@ -271,7 +269,8 @@ class _StepCounter:
         how: str = "",
     ) -> Tensor:
         out: Tensor = bn(x)
-        self._note(_group(norm=True, add=residual is not None, relu=relu, written=out.numel()))
+        add, relu = residual is not None, relu or norm_includes_relu(bn)
+        self._note(_group(norm=True, add=add, relu=relu, written=out.numel()))
         return out if residual is None else out + residual
 
     def add_relu(self, x: Tensor, residual: Tensor, how: str = "") -> Tensor:

@@ -2,7 +2,8 @@
 
 Everything is decided at each call from the modules and tensors at hand. Where the fused computation
 would not be exact, the layers run one by one, and the sum is written as it was: `out += residual`
-keeps the dtype of out, and the memory format of a sum is that of its first operand.
+keeps the dtype of out, and the memory format of a sum is that of its first operand. relu: whether a
+ReLU follows; a batch norm may have one in it besides.
 """
 
 from typing import Literal, cast
@@ -39,22 +40,25 @@ def conv_bn_relu(
     how: Sum = "out + residual",
 ) -> Tensor:
     """relu(bn(conv(x)) + residual). x: (N, C, H, W); residual, out: (N, K, P, Q)."""
-    if is_plain_conv(conv) and _is_fused(x, bn, relu and residual is None):
+    activated = _activated(x, bn, relu, residual) if is_plain_conv(conv) else None
+    if activated is not None:
         pair = cast(Pair, (conv, bn))
         if residual is None:
-            return blocks.pair_forward(x, pair, None, relu)
+            return blocks.pair_forward(x, pair, None, activated)
         if _is_like(residual, x, _output_shape(x, pair[0]), computed_dtype(x)):
             return blocks.pair_forward(x, pair, residual, relu)
         return _finish(blocks.pair_forward(x, pair, None, relu=False), residual, relu, how)
     return _finish(bn(conv(x)), residual, relu, how)
 
 
-def conv_bn_relu_max_pool(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module) -> Tensor:
+def conv_bn_relu_max_pool(
+    x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module, relu: bool = True
+) -> Tensor:
     """pool(relu(bn(conv(x)))). x: (N, C, H, W); out: (N, K, P, Q)."""
     out = None
-    if isinstance(x, Tensor) and is_plain_norm(bn):
+    if isinstance(x, Tensor) and relu and is_plain_norm(bn):
         out = blocks.conv_bn_relu_max_pool(x, conv, bn, pool)
-    return pool(conv_bn_relu(x, conv, bn)) if out is None else out
+    return pool(conv_bn_relu(x, conv, bn, None, relu)) if out is None else out
 
 
 def bn_relu(
@@ -65,10 +69,11 @@ def bn_relu(
     how: Sum = "out + residual",
 ) -> Tensor:
     """relu(bn(x) + residual). x, residual, out: (N, C, H, W)."""
-    if _is_fused(x, bn, relu and residual is None):
+    activated = _activated(x, bn, relu, residual)
+    if activated is not None:
         arguments = batch_norm_args(cast(BatchNorm, bn)), group_of(cast(BatchNorm, bn))
         if residual is None or _is_like(residual, x, tuple(x.shape), x.dtype):
-            return normalization.bn_relu(x, *arguments, residual=residual, relu=relu)
+            return normalization.bn_relu(x, *arguments, residual=residual, relu=activated)
         return _finish(normalization.bn_relu(x, *arguments, relu=False), residual, relu, how)
     return _finish(bn(x), residual, relu, how)
 
@@ -86,14 +91,15 @@ def add_relu(x: Tensor, residual: Tensor, how: Sum = "out + residual") -> Tensor
     return _finish(x, residual, True, how)
 
 
-def _is_fused(x: Tensor, bn: nn.Module, relu_follows: bool) -> bool:
-    """Whether `bn` is a batch norm of x that can be fused; relu_follows: with a ReLU behind it."""
+def _activated(x: Tensor, bn: nn.Module, relu: bool, residual: Tensor | None) -> bool | None:
+    """Whether a fused operator ends in a ReLU, be it in `bn`; None if `bn` cannot be fused."""
     if not (isinstance(x, Tensor) and blocks.applies(x)):
-        return False
-    if not (is_plain_norm_before_relu(bn) if relu_follows else is_plain_norm(bn)):
-        return False
-    # Messages to other processes are not traced.
-    return not torch.compiler.is_compiling() or group_of(cast(BatchNorm, bn)) is None
+        return None
+    if torch.compiler.is_compiling() and group_of(bn) is not None:
+        return None  # messages to other processes are not traced
+    if is_plain_norm(bn):
+        return relu
+    return True if residual is None and is_plain_norm_before_relu(bn) else None
 
 
 def _is_like(residual: Tensor, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
