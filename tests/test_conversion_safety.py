@@ -1298,3 +1298,10 @@ def test_threads() -> None:
     with ThreadPoolExecutor(4) as pool:
         for out in pool.map(model, [X] * 16):
             torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_several_threads_convert() -> None:
+    models = [nn.Sequential(*map(make, ("parts", "whole", "sequence"))) for _ in range(16)]
+    expected = explain(models[0]).rows
+    with ThreadPoolExecutor(4) as pool:
+        assert all(found.rows == expected for found in pool.map(explain, models))

@@ -26,6 +26,7 @@ from resnet_fused.conversion.watch import Watch, is_foreign
 _ROOT = "module"  # the name of the traced module inside _OneArgument
 _IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift"
 _AUTOCAST_DEVICES = ("cpu", "cuda")
+_one_at_a_time = threading.RLock()  # torch.fx patches nn.Module for all threads
 
 
 class Trace(NamedTuple):
@@ -85,7 +86,7 @@ def trace_once(module: nn.Module, inlined: frozenset[str], training: bool) -> Tr
     try:
         stand_ins = StandIns(module, inlined, training)
         tracer = _Tracer(stand_ins, inlined)
-        with _no_random_numbers():
+        with _one_at_a_time, _no_random_numbers():
             graph = tracer.trace(_OneArgument(stand_ins))
     except NotProvenError as error:
         raise NotProvenError(str(error), tracer.failed if tracer is not None else "") from error
