@@ -16,7 +16,7 @@ import time
 import types
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -342,6 +342,23 @@ def calls_cached(self: Layers, x: Tensor) -> Tensor:
     return self.first(x) * cached(2.0)
 
 
+def inside_of_hooks() -> Generator[None]:
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        yield
+
+
+def leaves_generator_open(self: Layers, x: Tensor) -> Tensor:
+    region = inside_of_hooks()
+    next(region)
+    return self.first(x)
+
+
+def imports_module(self: Layers, x: Tensor) -> Tensor:
+    from imported_by_forward import double
+
+    return double(self.first(x))
+
+
 def returns_ordered(self: Layers, x: Tensor) -> OrderedDict[str, Tensor]:
     return OrderedDict(out=self.first(x))
 
@@ -432,7 +449,7 @@ WATCHED = (
     *(sets_item, adds_to_buffer, registers_buffer, caches, evaluates_norm, asks_dtype),
     *(looks_up_dtype, spells_device, formats_dtype, asks_is_tensor, asks_type, asks_isinstance),
     *(asks_length, iterates, asks_for_tag, asks_identity, catches, suppresses, calls_cached),
-    returns_ordered,
+    *(returns_ordered, leaves_generator_open),
 )
 REFUSED: dict[str, Callable[[], nn.Module]] = {
     **{f.__name__: functools.partial(layers, f) for f in WATCHED},
@@ -479,6 +496,7 @@ def test_code_that_does_more(name: str, capsys: Any, caplog: Any, recwarn: Any) 
     assert not [w for w in recwarn if "seen" in str(w.message)]
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     assert vars(model).keys() == before.keys()
     assert getattr(model, "record", {"calls": []}) == {"calls": []}
     if name in REFUSED:
@@ -498,6 +516,32 @@ def test_code_that_does_more(name: str, capsys: Any, caplog: Any, recwarn: Any) 
     if isinstance(expected, Tensor):
         assert actual.dtype == expected.dtype
         torch.testing.assert_close(actual, expected, rtol=3e-2, atol=3e-2)
+
+
+# What runs at the import of a module: a table that grows, and a warning.
+IMPORTED = """
+import warnings
+TABLE = {}
+def register(function):
+    TABLE[function.__name__] = function
+    warnings.warn("imported", stacklevel=2)
+    return function
+@register
+def double(x):
+    return 2 * x
+"""
+
+
+def test_modules_imported_by_a_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported_by_forward.py").write_text(IMPORTED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = layers(imports_module)
+    with pytest.warns(UserWarning, match="imported"):
+        fused = quiet_fuse(model)
+    assert is_fused(fused)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(run(fused), run(twin), rtol=1e-4, atol=1e-4)
+    monkeypatch.delitem(sys.modules, "imported_by_forward")
 
 
 # Changes after fusing

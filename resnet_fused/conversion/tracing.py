@@ -14,6 +14,7 @@ import pickle
 import random
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -88,12 +89,14 @@ def trace_once(module: nn.Module, inlined: frozenset[str], training: bool) -> Tr
         tracer = _Tracer(stand_ins, inlined)
         with _one_at_a_time, _no_random_numbers():
             graph = tracer.trace(_OneArgument(stand_ins))
-    except NotProvenError as error:
-        raise NotProvenError(str(error), tracer.failed if tracer is not None else "") from error
     except Exception as error:  # the forward is arbitrary code
-        text = str(error).strip().split("\n")[0]
-        message = f"it cannot be traced ({type(error).__name__}: {text})"
-        raise NotProvenError(message, tracer.failed if tracer is not None else "") from error
+        # What it left open (a generator may be inside of a context manager) is closed now.
+        traceback.clear_frames(error.__traceback__)
+        message = str(error)
+        if not isinstance(error, NotProvenError):
+            text = message.strip().split("\n")[0]
+            message = f"it cannot be traced ({type(error).__name__}: {text})"
+        raise NotProvenError(message, tracer.failed if tracer is not None else "") from None
     stand_ins.check_unchanged()
     for node in graph.nodes:
         if isinstance(node.target, str) and node.op in ("call_module", "get_attr"):

@@ -9,6 +9,7 @@ import dis
 import enum
 import functools
 import gc
+import importlib
 import inspect
 import sys
 import types
@@ -34,6 +35,7 @@ _QUESTIONS = {
     *("get_default_dtype", "get_default_device", "is_inference_mode_enabled"),
 }
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_IMPORT = importlib._bootstrap._find_and_load.__code__  # type: ignore[attr-defined]
 _VALUES = (torch.dtype, torch.device, torch.memory_format, torch.layout, enum.Enum)
 
 
@@ -42,10 +44,12 @@ class Watch:
 
     refuse: makes the exception that is raised in place of the call. All of a function's code
     counts, as far as it is of that function: what it would call is looked at when it is called.
+    What runs while a module is imported, which happens once, is let be.
     """
 
     def __init__(self, refuse: Callable[[str], Exception]) -> None:
         self._refuse = refuse
+        self._imports = 0  # that are going on
 
     def __enter__(self) -> None:
         self._previous: Any = sys.getprofile()
@@ -62,7 +66,9 @@ class Watch:
             previous.enable()
 
     def _on_event(self, frame: types.FrameType, event: str, _: Any) -> None:
-        if event == "call" and is_foreign(frame):
+        if frame.f_code is _IMPORT:
+            self._imports += {"call": 1, "return": -1}.get(event, 0)
+        elif event == "call" and not self._imports and is_foreign(frame):
             for access in _accesses(frame.f_code):
                 reason = _why_not(access, frame)
                 if reason is not None:
