@@ -255,7 +255,7 @@ def _replace(event: Replace, model: nn.Module, plain: nn.Module) -> None:
         event.kind, lambda: copy.deepcopy(old)
     )()
     if event.kind == "norm_twin" and isinstance(old, nn.BatchNorm2d):
-        new = nn.BatchNorm2d(old.num_features, eps=0.5).to(old.running_mean)
+        new = nn.BatchNorm2d(old.num_features, eps=0.5).to(next(model.parameters()).dtype)
         new.train(old.training)
     elif event.kind == "scaled":
         new = nn.Sequential(new, nn.Hardtanh(-0.5, 0.5))

@@ -41,8 +41,12 @@ from resnet_fused import fuse, unfuse
 _CASES = int(os.environ.get("RESNET_FUSED_CASES", "500"))
 _LOW_SHARE = 0.2  # of the cases in float32 and bfloat16, which are slower
 # Errors of eager that fused models need not have: the memory format of an output is that of the
-# input, where eager's may not be; and they keep other tensors for a backward than eager does.
-_ABOUT_MEMORY = ("view size is not compatible", "modified by an inplace operation")
+# input, where eager's may not be; they keep other tensors for a backward than eager does; and a
+# ReLU behind a hook, which made a view, need not be in place.
+_ABOUT_MEMORY = (
+    *("view size is not compatible", "modified by an inplace operation"),
+    "is a view and is being modified inplace",
+)
 # Of the input, in a comparison in low precision. The rule holds for the median of the errors; where
 # it fails for a few draws, more show whether that was chance: in small tensors eager may be lucky.
 _DRAWS = (5, 15, 45)
@@ -156,7 +160,7 @@ def test_fuse_changes_no_result(run_cases: Callable[[], None]) -> None:
     _fused.clear()
     run_cases()
     # Where nothing is fused, nothing is tested.
-    assert sum(_fused) >= 0.25 * len(_fused), f"only {sum(_fused)} of {len(_fused)} were fused"
+    assert sum(_fused) >= 0.75 * len(_fused), f"only {sum(_fused)} of {len(_fused)} were fused"
 
 
 def check(case: Case) -> bool:
@@ -255,7 +259,9 @@ def _assert_part_is_the_same(
         x = torch.randn(2, channels, 6, 6, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             outs = [module(x.to(case.dtype)) for module in modules]
-        assert torch.allclose(outs[0], outs[1], atol=1e-3), f"{event}"
+        # The statistics of a norm may come from other roundings.
+        tolerance = 1e-3 if case.is_low else 1e-9
+        assert torch.allclose(outs[0], outs[1], tolerance, tolerance), f"{event}"
 
 
 def _classes(model: nn.Module) -> list[tuple[str, str, str, bool]]:
