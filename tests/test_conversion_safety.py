@@ -1283,10 +1283,25 @@ class SumInPlace(Sum):
     in_place = True
 
 
-@pytest.mark.parametrize("cls", [Sum, SumInPlace, Whole])
-def test_autocast_and_other_dtypes(cls: Callable[[], nn.Module]) -> None:
+class WholeSum(Basic):
+    """A block whose sum is in the wider dtype of both branches, that of x under autocast."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(out + x)
+
+
+@pytest.mark.parametrize(
+    "make_model",
+    [Sum, SumInPlace, Whole, WholeSum, lambda: nn.Sequential(WholeSum(), WholeSum())],
+    ids=["Sum", "SumInPlace", "Whole", "WholeSum", "Sequential"],
+)
+def test_autocast_and_other_dtypes(make_model: Callable[[], nn.Module]) -> None:
     torch.manual_seed(3)
-    model = randomize(cls()).eval()
+    model = randomize(make_model()).eval()
     fused = fuse(model)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for training in (False, True):
