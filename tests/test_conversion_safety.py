@@ -5,6 +5,7 @@ import copy
 import functools
 import importlib
 import inspect
+import itertools
 import logging
 import os
 import pickle
@@ -1302,15 +1303,17 @@ class WholeSum(Basic):
 def test_autocast_and_other_dtypes(make_model: Callable[[], nn.Module]) -> None:
     torch.manual_seed(3)
     model = randomize(make_model()).eval()
-    fused = fuse(model)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for training in (False, True):
-            for grad in (False, True):
-                with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
-                    x = X.to(dtype)
-                    actual, expected = fused.train(training)(x), model.train(training)(x)
-                assert actual.dtype == expected.dtype
-                torch.testing.assert_close(actual, expected, rtol=5e-2, atol=5e-2)
+    fused, modes = fuse(model), itertools.product((False, True), repeat=2)
+    layouts = [X.contiguous(memory_format=torch.channels_last), X]
+    with torch.no_grad():
+        for x in layouts * 2:
+            fused(x)  # inference in float32 is planned now
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for x, dtype, (training, grad) in itertools.product(layouts, dtypes, modes):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+            actual, expected = (m.train(training)(x.to(dtype)) for m in (fused, model))
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize("name", ["parts", "whole", "sequence"])
