@@ -71,8 +71,8 @@ inline void check_dense(const char* op, const char* name, const Tensor& x) {
 // Same shape, dtype, device and memory layout as `x`.
 inline void check_like(const char* op, const char* name, const Tensor& t, const char* x_name,
                        const Tensor& x) {
-  RESNET_FUSED_CHECK(t.sizes() == x.sizes(), op, ": ", name, " must have the shape of ", x_name,
-                     " ", to_string(x.sizes()), ", got ", to_string(t.sizes()));
+  RESNET_FUSED_CHECK(t.sizes().equals(x.sizes()), op, ": ", name, " must have the shape of ",
+                     x_name, " ", to_string(x.sizes()), ", got ", to_string(t.sizes()));
   RESNET_FUSED_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have the dtype of ",
                      x_name, " ", torch::headeronly::toString(x.scalar_type()), ", got ",
                      torch::headeronly::toString(t.scalar_type()));

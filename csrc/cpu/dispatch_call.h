@@ -23,8 +23,7 @@ std::array<Tensor, kResults> call(const char* op, const char* overload,
                                   const Arguments&... arguments) {
   std::array<StableIValue, std::max(sizeof...(Arguments), kResults)> stack{
       torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
   return [&]<size_t... i>(std::index_sequence<i...>) {
     return std::array<Tensor, kResults>{torch::stable::detail::to<Tensor>(stack[i])...};
   }(std::make_index_sequence<kResults>{});

@@ -212,7 +212,7 @@ __device__ inline void load_tile(const void* p, const AnyWalk& walk,
 inline Tensor allocate_like(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                             torch::headeronly::IntHeaderOnlyArrayRef strides, int32_t dtype) {
   int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
   return empty_strided(sizes, strides, dtype, device_type, t.get_device_index());
 }
 

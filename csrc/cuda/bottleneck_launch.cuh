@@ -53,9 +53,8 @@ inline void check_chain_inputs(const char* op, const Tensor& y1, const Tensor& r
   check_chain_input(op, "y1", y1);
   const std::array<int64_t, 4> shape = {y1.size(0), kExpansion * y1.size(1), y1.size(2),
                                         y1.size(3)};
-  RESNET_FUSED_CHECK(residual.sizes() == torch::headeronly::IntHeaderOnlyArrayRef(shape), op,
-                     ": residual must have shape ", to_string(shape), ", got ",
-                     to_string(residual.sizes()));
+  RESNET_FUSED_CHECK(residual.sizes().equals(shape), op, ": residual must have shape ",
+                     to_string(shape), ", got ", to_string(residual.sizes()));
   RESNET_FUSED_CHECK(residual.scalar_type() == y1.scalar_type(), op,
                      ": residual must have the dtype of y1 ",
                      torch::headeronly::toString(y1.scalar_type()), ", got ",

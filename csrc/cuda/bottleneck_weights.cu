@@ -129,8 +129,8 @@ void check_folded(const char* op, const FoldedConvolution& conv, int64_t columns
   const std::array<int64_t, 4> expected = {columns, summed, side, side};
   RESNET_FUSED_CHECK(conv.weight.device() == x.device(), op, ": ", name("weight"),
                      " must be on the device of x");
-  RESNET_FUSED_CHECK(conv.weight.sizes() == torch::headeronly::IntHeaderOnlyArrayRef(expected), op,
-                     ": ", name("weight"), " must have shape ", to_string(expected), ", got ",
+  RESNET_FUSED_CHECK(conv.weight.sizes().equals(expected), op, ": ", name("weight"),
+                     " must have shape ", to_string(expected), ", got ",
                      to_string(conv.weight.sizes()));
   dispatch_floating(op, name("weight").c_str(), conv.weight.scalar_type(), [](auto) {});
   check_coefficients(op, name("scale").c_str(), conv.scale, columns, x);

@@ -66,8 +66,8 @@ void conv_bn_relu_in_place_cuda(const Tensor& x, const Tensor& weight, const Ten
   const Convolution conv = check(op, x, weight, scale, shift, geometry);
   const DeviceGuard guard(x.get_device_index());
   const std::array<int64_t, 4> shape = {conv.n, conv.k, conv.p, conv.q};
-  RESNET_FUSED_CHECK(residual.sizes() == torch::headeronly::IntHeaderOnlyArrayRef(shape) &&
-                         residual.scalar_type() == x.scalar_type() && is_channels_last(residual),
+  RESNET_FUSED_CHECK(residual.sizes().equals(shape) && residual.scalar_type() == x.scalar_type() &&
+                         is_channels_last(residual),
                      op, ": residual must be channels_last, have the dtype of x and shape ",
                      to_string(shape), ", got ", to_string(residual.sizes()));
   launch(op, x, weight, scale, shift, residual, residual, relu, conv, tf32,

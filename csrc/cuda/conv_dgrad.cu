@@ -27,11 +27,10 @@ const float* floats_or_null(const OptionalTensor& t) {
 // As bn_relu leaves it for an activation in channels_last.
 void check_mask(const char* op, const Tensor& mask, const Convolution& conv) {
   const std::array<int64_t, 2> shape = {conv.n * conv.h * conv.w, ceil_div(conv.c, kMaskBits)};
-  RESNET_FUSED_CHECK(mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
-                         mask.sizes() == torch::headeronly::IntHeaderOnlyArrayRef(shape),
-                     op, ": mask must be contiguous, uint8 and of shape ", to_string(shape),
-                     ", got ", to_string(mask.sizes()), " of ",
-                     torch::headeronly::toString(mask.scalar_type()));
+  RESNET_FUSED_CHECK(
+      mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() && mask.sizes().equals(shape),
+      op, ": mask must be contiguous, uint8 and of shape ", to_string(shape), ", got ",
+      to_string(mask.sizes()), " of ", torch::headeronly::toString(mask.scalar_type()));
 }
 
 Result conv_dgrad_cuda(const Tensor& grad_y, const Tensor& weight, std::vector<int64_t> input_size,

@@ -341,7 +341,7 @@ void check_channels(const char* op, const Convolution& conv, const Tensor& x) {
 void check_output_shape(const char* op, const char* name, const Convolution& conv,
                         const Tensor& t) {
   const std::array<int64_t, 4> shape = {conv.n, conv.k, conv.p, conv.q};
-  RESNET_FUSED_CHECK(t.sizes() == torch::headeronly::IntHeaderOnlyArrayRef(shape), op, ": ", name,
+  RESNET_FUSED_CHECK(t.sizes().equals(shape), op, ": ", name,
                      " must have the shape of the convolution's output ", to_string(shape),
                      ", got ", to_string(t.sizes()));
 }
