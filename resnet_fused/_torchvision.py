@@ -28,14 +28,15 @@ def import_torchvision() -> ModuleType | None:
 
 
 def _loads_operators(package_folders: list[str]) -> bool:
-    extension = importlib.machinery.PathFinder.find_spec("_C", package_folders)
-    if extension is None or extension.origin is None:
-        return False
-    try:
-        torch.ops.load_library(extension.origin)
-    except OSError:
-        return False
-    return True
+    for name in ("_C_stable", "_C"):  # since and before torchvision 0.29
+        extension = importlib.machinery.PathFinder.find_spec(name, package_folders)
+        if extension is not None and extension.origin is not None:
+            try:
+                torch.ops.load_library(extension.origin)
+            except OSError:
+                continue
+            return True
+    return False
 
 
 def _declare_operators() -> None:
