@@ -14,7 +14,6 @@ import pickle
 import random
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -83,20 +82,21 @@ def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Traces:
 def trace_once(module: nn.Module, inlined: frozenset[str], training: bool) -> Trace:
     """The trace in one mode, with the gradient mode of the caller."""
     inlined = inlined | {""}
-    tracer = None
+    tracer = failure = None
     try:
         stand_ins = StandIns(module, inlined, training)
         tracer = _Tracer(stand_ins, inlined)
         with _one_at_a_time, _no_random_numbers():
             graph = tracer.trace(_OneArgument(stand_ins))
     except Exception as error:  # the forward is arbitrary code
-        # What it left open (a generator may be inside of a context manager) is closed now.
-        traceback.clear_frames(error.__traceback__)
-        message = str(error)
-        if not isinstance(error, NotProvenError):
+        # What its frames hold open (a generator may be inside of a context manager) is closed.
+        failure = error.with_traceback(None)
+    if failure is not None:
+        message = str(failure)
+        if not isinstance(failure, NotProvenError):
             text = message.strip().split("\n")[0]
-            message = f"it cannot be traced ({type(error).__name__}: {text})"
-        raise NotProvenError(message, tracer.failed if tracer is not None else "") from None
+            message = f"it cannot be traced ({type(failure).__name__}: {text})"
+        raise NotProvenError(message, tracer.failed if tracer is not None else "")
     stand_ins.check_unchanged()
     for node in graph.nodes:
         if isinstance(node.target, str) and node.op in ("call_module", "get_attr"):
