@@ -153,10 +153,10 @@ def _share(kind: str, blocks: list[nn.Module]) -> None:
     for path, module in [*second.named_modules()]:
         for other in first.modules():
             if type(module) is type(other) is wanted and repr(module) == repr(other):
-                if kind == "weight":
-                    module.weight = other.weight
-                else:
+                if kind != "weight":
                     second.set_submodule(path, other)
+                elif all("weight" in m._parameters for m in (module, other)):  # not if pruned
+                    module.weight = other.weight
                 return
 
 

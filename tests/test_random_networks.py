@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from resnet_fused import fuse, unfuse
 
 _CASES = int(os.environ.get("RESNET_FUSED_CASES", "500"))
+_SHARDS = max(1, _CASES // 1000)  # of which each process of pytest-xdist takes the next
 _LOW_SHARE = 0.2  # of the cases in float32 and bfloat16, which are slower
 # Errors of eager that fused models need not have: the memory format of an output is that of the
 # input, where eager's may not be; they keep other tensors for a backward than eager does; and a
@@ -86,7 +87,7 @@ def _cases(*dtypes: torch.dtype) -> st.SearchStrategy[Case]:
 
 def _many(share: float) -> settings:
     return settings(
-        max_examples=max(1, round(_CASES * share)),
+        max_examples=max(1, round(_CASES * share / _SHARDS)),
         derandomize="RESNET_FUSED_CASES" not in os.environ,
         deadline=None,
         database=None,
@@ -155,8 +156,9 @@ def _in_low_precision(case: Case) -> None:
     _fused.append(check(case))
 
 
+@pytest.mark.parametrize("shard", range(_SHARDS))
 @pytest.mark.parametrize("run_cases", [_in_float64, _in_low_precision])
-def test_fuse_changes_no_result(run_cases: Callable[[], None]) -> None:
+def test_fuse_changes_no_result(run_cases: Callable[[], None], shard: int) -> None:
     _fused.clear()
     run_cases()
     # Where nothing is fused, nothing is tested.
