@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import resnet_fused as rf
+from resnet_fused.commands.cases import scaled
 from resnet_fused.ops import conv_bn_relu
 from resnet_fused.ops.conv_bn_relu import conv_bn_relu_
 
@@ -96,9 +97,7 @@ def eager(
     relu: bool = True,
     *geometry: Any,
 ) -> Tensor:
-    y = F.conv2d(x, weight, None, *geometry)
-    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-    out = F.batch_norm(y, zero, one, scale, shift, eps=0.0)
+    out = scaled(F.conv2d(x, weight, None, *geometry), scale, shift)
     out = out if residual is None else out + residual
     return torch.relu(out) if relu else out
 

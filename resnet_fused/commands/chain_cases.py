@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_fused import backends, ops
-from resnet_fused.commands.cases import Case
+from resnet_fused.commands.cases import Case, scaled
 
 Tensors = dict[str, Tensor]
 
@@ -137,6 +137,4 @@ def _layer(names: str, weight: tuple[int, ...], random: Callable[..., Tensor]) -
 
 
 def _scaled(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, **geometry: Any) -> Tensor:
-    y = F.conv2d(x, weight, None, **geometry)
-    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-    return F.batch_norm(y, zero, one, scale, shift, eps=0.0)
+    return scaled(F.conv2d(x, weight, None, **geometry), scale, shift)
