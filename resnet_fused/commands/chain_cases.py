@@ -92,7 +92,7 @@ def _projection(block: Block, random: Callable[..., Tensor]) -> Iterator[Case]:
     }
 
     def plain(y: Tensor, *rest: Tensor) -> Tensor:
-        return _scaled(y, *rest[:3]) + _scaled(*rest[3:], stride=stride)
+        return _convolved(y, *rest[:3]) + _convolved(*rest[3:], stride=stride)
 
     yield Case("conv_projection_relu", block.label, fused, plain, tensors, inference=True)
 
@@ -106,14 +106,14 @@ def _identity(block: Block, random: Callable[..., Tensor]) -> Iterator[Case]:
     inputs = {"y1": random(*block.inner), "residual": random(*block.x)}
 
     def plain_tail(y1: Tensor, residual: Tensor, *layers: Tensor) -> Tensor:
-        y2 = _scaled(y1, *layers[:3], padding=1).relu()
-        return _scaled(y2, *layers[3:6]) + residual
+        y2 = _convolved(y1, *layers[:3], padding=1).relu()
+        return _convolved(y2, *layers[3:6]) + residual
 
     def plain_roll(*tensors: Tensor) -> Tensor:
-        return _scaled(plain_tail(*tensors).relu(), *tensors[8:])
+        return _convolved(plain_tail(*tensors).relu(), *tensors[8:])
 
     def plain_block(x: Tensor, *layers: Tensor) -> Tensor:
-        return plain_tail(_scaled(x, *layers[:3]).relu(), x, *layers[3:])
+        return plain_tail(_convolved(x, *layers[:3]).relu(), x, *layers[3:])
 
     def roll(index: int) -> Callable[..., Tensor]:
         return lambda *tensors: ops.bottleneck_roll(*tensors)[index]
@@ -136,5 +136,5 @@ def _layer(names: str, weight: tuple[int, ...], random: Callable[..., Tensor]) -
     return {names.format(name): value for name, value in values.items()}
 
 
-def _scaled(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, **geometry: Any) -> Tensor:
+def _convolved(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, **geometry: Any) -> Tensor:
     return scaled(F.conv2d(x, weight, None, **geometry), scale, shift)
