@@ -56,7 +56,7 @@ test-emulator-asan: $(STAMPS)/package extension ## the same under AddressSanitiz
 	variables=$$($(PY) tests/emulation.py) && env $$variables $(PY) -m pytest -m emulator $(ARGS)
 
 property: $(STAMPS)/package extension ## fuse random networks, others each time: CASES=20000
-	RESNET_FUSED_CASES=$(or $(CASES),20000) $(PY) -m pytest -n 2 tests/test_random_networks.py $(ARGS)
+	OMP_NUM_THREADS=1 RESNET_FUSED_CASES=$(or $(CASES),20000) $(PY) -m pytest -n 2 tests/test_random_networks.py $(ARGS)
 
 coverage: $(STAMPS)/package extension ## fuse every model of docs/coverage.md and compare it with eager
 	OMP_NUM_THREADS=1 $(PY) benchmarks/coverage.py $(ARGS)
